@@ -1,1 +1,21 @@
+"""Which exact evaluation order to run: sizes in, a plan out. Pure Python, no tensors."""
 
+from crossattention.plan.choose import Candidate, Choice, choose_plan
+from crossattention.plan.cost import Cost, cost_of
+from crossattention.plan.plans import ALL_PLANS, CANDIDATES, TEXTBOOK, Forbidden, Plan, PlanError
+from crossattention.plan.sizes import Sizes
+
+__all__ = [
+    "ALL_PLANS",
+    "CANDIDATES",
+    "TEXTBOOK",
+    "Candidate",
+    "Choice",
+    "Cost",
+    "Forbidden",
+    "Plan",
+    "PlanError",
+    "Sizes",
+    "choose_plan",
+    "cost_of",
+]
