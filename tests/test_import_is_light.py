@@ -1,0 +1,56 @@
+"""`import crossattention` brings torch and safetensors, and nothing heavier: seen in a fresh interpreter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = set(
+    "accelerate datasets faiss huggingface_hub jiwer matplotlib onnx pandas pyarrow requests rich sacrebleu scipy sympy "
+    "tensorboard timm tokenizers transformers tyro".split()
+)
+
+
+def modules_after(statement: str) -> set[str]:
+    """Names in sys.modules once a fresh interpreter has run `statement`."""
+    program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def outside(modules: set[str]) -> set[str]:
+    """Top-level names that are not Python's own."""
+    return {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
+
+
+@pytest.fixture(scope="module")
+def torch_alone() -> set[str]:
+    return modules_after("import torch, safetensors, safetensors.torch")
+
+
+@pytest.fixture(scope="module")
+def ours() -> set[str]:
+    return modules_after("import crossattention")
+
+
+def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring(
+    ours: set[str], torch_alone: set[str]
+) -> None:
+    assert outside(ours) - outside(torch_alone) == {"crossattention"}
+
+
+def test_import_brings_none_of_the_heavy_packages(ours: set[str], torch_alone: set[str]) -> None:
+    assert outside(ours) & HEAVY - outside(torch_alone) == set()
+
+
+def test_import_does_not_start_the_compiler(ours: set[str], torch_alone: set[str]) -> None:
+    compilers = {"torch._dynamo", "torch._inductor", "torch.onnx"}
+    assert ours & compilers - torch_alone == set()
+
+
+@pytest.mark.parametrize("heavy", ["rich", "matplotlib.figure", "accelerate"])
+def test_a_heavy_import_would_be_seen(heavy: str, torch_alone: set[str]) -> None:
+    pytest.importorskip(heavy)
+    assert outside(modules_after(f"import torch, {heavy}")) - outside(torch_alone) >= {heavy.split(".")[0]}
