@@ -15,8 +15,10 @@ def examples(count, seed=0):
 
 
 def equal(first, second):
-    names = ("source_ids", "source_mask", "target_ids", "labels", "indices")
-    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
+    names = ("source_ids", "source_mask", "target_ids", "labels")
+    return first.indices == second.indices and all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in names
+    )
 
 
 @pytest.mark.parametrize("budget", [30, 200, 100_000])
@@ -24,8 +26,8 @@ def test_every_epoch_holds_every_example_exactly_once(budget):
     batches = PairBatches(examples(501), tokens_per_batch=budget, seed=3)
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
-        seen = torch.cat([batches.batch_at(step).indices for step in steps])
-        assert torch.equal(seen.sort().values, torch.arange(501))
+        seen = [index for step in steps for index in batches.batch_at(step).indices]
+        assert sorted(seen) == list(range(501))
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
@@ -40,11 +42,11 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
 def test_epochs_and_seeds_differ_in_order_and_in_company():
     batches = PairBatches(examples(300), 100, seed=5)
     count = batches.steps_per_epoch
-    first, second = ([batches.batch_at(e * count + s).indices.tolist() for s in range(count)] for e in range(2))
+    first, second = ([batches.batch_at(e * count + s).indices for s in range(count)] for e in range(2))
     assert first != second
     assert {frozenset(rows) for rows in first} != {frozenset(rows) for rows in second}
     reseeded = PairBatches(examples(300), 100, seed=6)
-    assert [reseeded.batch_at(step).indices.tolist() for step in range(count)] != first
+    assert [reseeded.batch_at(step).indices for step in range(count)] != first
 
 
 def test_batches_hold_the_examples_padded_and_masked():
@@ -53,7 +55,7 @@ def test_batches_hold_the_examples_padded_and_masked():
     for step in range(batches.steps_per_epoch):
         batch = batches.batch_at(step)
         tokens = 0
-        for row, index in enumerate(batch.indices.tolist()):
+        for row, index in enumerate(batch.indices):
             source, target = data[index]
             assert batch.source_ids[row][batch.source_mask[row]].tolist() == source
             assert (batch.source_ids[row][~batch.source_mask[row]] == PAD).all()

@@ -29,7 +29,7 @@ class PairBatch:
         source_mask: (z, m) bool, True where the source is real.
         target_ids: (z, n) int64, what the decoder is given: BEGIN, then the target; PAD beyond.
         labels: (z, n) int64, what it shall answer: the target, then END; PAD beyond.
-        indices: (z,) int64, which examples these are.
+        indices: which examples these are, one a row.
         num_tokens: real source ids plus real labels.
     """
 
@@ -37,13 +37,14 @@ class PairBatch:
     source_mask: Tensor
     target_ids: Tensor
     labels: Tensor
-    indices: Tensor
+    indices: tuple[int, ...]
     num_tokens: int
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
-        moved = (self.source_ids, self.source_mask, self.target_ids, self.labels, self.indices)
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in moved), self.num_tokens)
+        tensors = (self.source_ids, self.source_mask, self.target_ids, self.labels)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return PairBatch(*moved, indices=self.indices, num_tokens=self.num_tokens)
 
 
 class _Ragged:
@@ -171,6 +172,6 @@ class PairBatches:
             source_mask=torch.from_numpy(source_mask),
             target_ids=torch.from_numpy(target_ids),
             labels=torch.from_numpy(labels),
-            indices=torch.from_numpy(rows),
+            indices=tuple(rows.tolist()),
             num_tokens=int(source_lengths.sum() + target_lengths.sum()) + len(rows),
         )
