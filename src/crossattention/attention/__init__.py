@@ -1,1 +1,24 @@
+"""Cross-attention, self-attention and memory attention: checked at the border, planned by `plan`, run by `execute`."""
 
+from crossattention.attention.cross_attention import CrossAttention
+from crossattention.attention.memory_attention import MemoryAttention
+from crossattention.attention.partial import Part, Partial, attend_parts, merge_partials
+from crossattention.attention.parts import PositionPart, QueryKeyNorm
+from crossattention.attention.prepared import PreparedContext
+from crossattention.attention.reference import reference_attention
+from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+
+__all__ = [
+    "CrossAttention",
+    "KeyValueCache",
+    "MemoryAttention",
+    "Part",
+    "Partial",
+    "PositionPart",
+    "PreparedContext",
+    "QueryKeyNorm",
+    "SelfAttention",
+    "attend_parts",
+    "merge_partials",
+    "reference_attention",
+]

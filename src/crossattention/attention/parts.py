@@ -36,9 +36,7 @@ class PositionPart(nn.Module):
         """Keys (z, g, m, k) with their positions turned into them; the same shape."""
         return keys
 
-    def score_bias(
-        self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float
-    ) -> Tensor:
+    def score_bias(self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float) -> Tensor:
         """What is added to the scaled scores, broadcastable to (z, h, n, m).
 
         `queries` are the projected queries (z, h, n, k) before any turning, None unless `reads_queries`; `scale` is the factor of

@@ -1,0 +1,602 @@
+"""`CrossAttention`: the layer, and the border at which its input is checked and its plan is chosen.
+
+Legend: z batch, r repeats (beams, samples) on one context, n queries, m context length, a/b/o widths of A, B and output, h heads,
+g key-value heads, k/v head widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import count
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from crossattention.attention import execute
+from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
+from crossattention.attention.parts import PositionPart, QueryKeyNorm
+from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp
+from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, choose_plan
+from crossattention.plan.plans import reasons_against
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_tokens = count()
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class CrossAttention(nn.Module):
+    """Queries from A read keys and values from B; A gives the output its length, B is what is read.
+
+    weights[z, h, n, m] = softmax over m of (A Wq + bq)(B Wk + bk)^T scale, zero in rows that may attend nothing
+    out[z, n]           = concat over h of (weights (B Wv + bv)) Wo + bo
+
+    The products may be bracketed in nine exact ways (`Plan`); by default the layer chooses by the sizes it meets.
+
+    Args:
+        query_dim: width of A, a.
+        context_dim: width of B, b; default `query_dim`.
+        heads: number of query heads, h.
+        head_dim: width k of each head's queries and keys; default query_dim // heads. heads * head_dim need not be query_dim.
+        value_head_dim: width v of each head's values; default `head_dim`.
+        out_dim: width of the output, o; default `query_dim`.
+        kv_heads: number of key-value heads, g, a divisor of `heads`; query head i reads key-value head i // (h / g). Default `heads`.
+        bias: True or False for all four projections, or the names of those that have one, as ("q_proj", "v_proj", "out_proj").
+        qk_norm: part that normalises each head's queries and keys.
+        positions: part that turns queries and keys or adds to the scores.
+        dropout: probability of dropping a weight while training.
+        scale: factor of the scores; default 1 / sqrt(head_dim).
+        plan: "auto" chooses by size, "textbook" projects B to keys and values always, a `Plan` pins it.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: sizes below one, heads that do not divide, an unknown projection or plan name, dropout outside [0, 1).
+        PlanError: a pinned plan that a part forbids.
+
+    Cost: see `print(layer.plan_for(a.shape, b.shape))`.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; the plans: docs/planning.md.
+
+    Example:
+        >>> layer = CrossAttention(query_dim=48, context_dim=32, heads=4)
+        >>> layer(torch.randn(2, 5, 48), torch.randn(2, 7, 32)).shape
+        torch.Size([2, 5, 48])
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        out_dim: int | None = None,
+        kv_heads: int | None = None,
+        bias: bool | Collection[str] = True,
+        qk_norm: QueryKeyNorm | None = None,
+        positions: PositionPart | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        plan: Literal["auto", "textbook"] | Plan = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widths = head_widths(query_dim, heads, head_dim, value_head_dim, kv_heads)
+        self.head_dim, self.value_head_dim, self.kv_heads = widths
+        self.query_dim, self.heads = query_dim, heads
+        self.context_dim = query_dim if context_dim is None else context_dim
+        self.out_dim = query_dim if out_dim is None else out_dim
+        for name in ("query_dim", "context_dim", "out_dim"):
+            check_size(name, getattr(self, name))
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.dropout = dropout
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+
+        biased = biased_projections(bias)
+        kwargs = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(query_dim, heads * self.head_dim, bias="q_proj" in biased, **kwargs)
+        self.k_proj = nn.Linear(self.context_dim, self.kv_heads * self.head_dim, bias="k_proj" in biased, **kwargs)
+        self.v_proj = nn.Linear(self.context_dim, self.kv_heads * self.value_head_dim, bias="v_proj" in biased, **kwargs)
+        self.out_proj = nn.Linear(heads * self.value_head_dim, self.out_dim, bias="out_proj" in biased, **kwargs)
+        self.qk_norm = check_part("qk_norm", qk_norm, QueryKeyNorm)
+        self.positions = check_part("positions", positions, PositionPart)
+        self._token = next(_tokens)
+        self.plan = plan
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as `torch.nn.MultiheadAttention` has them."""
+        reset_projections(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+
+    # --------------------------------------------------------------------------------------------------- plans
+
+    @property
+    def plan(self) -> Literal["auto", "textbook"] | Plan:
+        """How the plan is found: "auto" by size, "textbook", or a pinned `Plan`. May be set."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Literal["auto", "textbook"] | Plan) -> None:
+        if isinstance(plan, str):
+            if plan not in ("auto", "textbook"):
+                raise ValueError(f'plan must be "auto", "textbook" or a Plan, got {plan!r}')
+        elif not isinstance(plan, Plan):
+            raise TypeError(f'plan must be "auto", "textbook" or a Plan, got {type(plan).__name__}')
+        else:
+            refuse_illegal(plan, self.forbidden())
+        self._plan = plan
+
+    def forbidden(self, dtype: torch.dtype | None = None) -> tuple[Forbidden, ...]:
+        """The meeting spaces that this layer's parts, projections and dtype forbid, each with its reason.
+
+        Args:
+            dtype: dtype that the work runs in; default the weights'.
+        """
+        found = [f for part in (self.qk_norm, self.positions) if part is not None for f in part.forbids]
+        for name, absorbed in (
+            ("q_proj", (("scores", "query"),)),
+            ("k_proj", (("scores", "context"),)),
+            ("v_proj", (("values", "context"),)),
+            ("out_proj", (("values", "output"),)),
+        ):
+            why = execute.linear_reason(getattr(self, name), name)
+            if why is not None:
+                found += [Forbidden(chain, space, why) for chain, space in absorbed]  # type: ignore[arg-type]
+        return tuple(found)
+
+    def plan_for(
+        self,
+        query_shape: Sequence[int],
+        context_shape: Sequence[int],
+        *,
+        uses: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> Choice:
+        """The plan that the layer would run for these shapes, and every other plan: cost, why, what was illegal and why.
+
+        Args:
+            query_shape: shape of A: (z, n, a), (z, r, n, a), or (n, a) for learned queries.
+            context_shape: shape of B: (z, m, b).
+            uses: how many times one prepared B is read.
+            dtype: dtype that the work runs in; default the weights', or autocast's where it is on.
+
+        Returns:
+            The choice; `print` it for the table, `as_dict()` for JSON. If the plan is pinned, the choice says so.
+
+        Raises:
+            ValueError: shapes that the layer cannot take.
+        """
+        query_shape, context_shape = tuple(query_shape), tuple(context_shape)
+        self._check_shapes(query_shape, context_shape)
+        repeats = query_shape[1] if len(query_shape) == 4 else 1
+        sizes = self._sizes(context_shape, query_shape[-2], repeats, uses, dtype)
+        choice = choose_plan(sizes, self.forbidden(dtype))
+        if self.plan == "auto":
+            return choice
+        pinned = TEXTBOOK if self.plan == "textbook" else self.plan
+        assert isinstance(pinned, Plan)
+        return Choice(pinned, "given to the layer", sizes, choice.candidates)
+
+    def fix_plan(self, *, query_length: int, context_length: int, uses: int = 1, batch: int = 1, repeats: int = 1) -> Plan:
+        """Choose a plan for these sizes and pin it, so that graphs traced later run it; `layer.plan = "auto"` frees it again.
+
+        Args:
+            query_length: typical n.
+            context_length: typical m.
+            uses: typical number of reads of one prepared context.
+            batch: typical z.
+            repeats: typical r.
+
+        Returns:
+            The plan that was pinned.
+        """
+        sizes = self._sizes((batch, context_length, self.context_dim), query_length, repeats, uses, None)
+        self.plan = choose_plan(sizes, self.forbidden()).plan
+        return self.plan
+
+    def _sizes(self, context_shape: Sequence[int], query_length: int, repeats: int, uses: int, dtype: torch.dtype | None) -> Sizes:
+        device = self.q_proj.weight.device.type
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.q_proj.weight.dtype
+        return Sizes(
+            batch=context_shape[0],
+            query_length=query_length,
+            context_length=context_shape[1],
+            query_dim=self.query_dim,
+            context_dim=self.context_dim,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_head_dim=self.value_head_dim,
+            out_dim=self.out_dim,
+            repeats=repeats,
+            uses=uses,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device,
+        )
+
+    def _plan_of(self, b: Tensor, query_length: int | None, repeats: int | None, uses: int | None) -> Plan:
+        """The plan to prepare B by: pinned, the textbook's inside graphs and without hints, else chosen by size."""
+        if isinstance(self._plan, Plan):
+            if not torch.compiler.is_compiling():
+                refuse_illegal(self._plan, self.forbidden())
+            return self._plan
+        hinted = query_length is not None or uses is not None or repeats is not None
+        if self._plan == "textbook" or not hinted or torch.compiler.is_compiling():
+            return TEXTBOOK
+        sizes = self._sizes(
+            b.shape, 1 if query_length is None else query_length, 1 if repeats is None else repeats, uses or 1, None
+        )
+        return choose_plan(sizes, self.forbidden()).plan
+
+    # ------------------------------------------------------------------------------------------------- running
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Let every query of A read B: `attend(a, prepare(b, query_length=n, uses=1))` by the same plan.
+
+        Args:
+            a: queries (z, n, a); or learned queries (n, a), projected once for the whole batch; or (z, r, n, a), r sequences that
+                read one B.
+            b: context (z, m, b); any length m, also 0.
+            context_mask: bool (z, m), True = may be attended.
+            attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
+            query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
+            context_positions: integers (m,) or (z, m), for a position part; default 0, 1, ...
+
+        Returns:
+            (z, n, o), or (z, r, n, o). A query that may attend nothing gets the output bias.
+
+        Raises:
+            ValueError: wrong widths, batches, dtypes or mask shapes; NaN or +inf in a mask; positions without a position part.
+            TypeError: a mask that is neither bool nor, for `attn_mask`, floating.
+
+        Cost: see `plan_for`.
+        """
+        self._check_shapes(tuple(a.shape), tuple(b.shape))
+        self._check_tensor("queries", a)
+        plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1)
+        prepared = self._prepare(b, context_mask, context_positions, plan, stamped=False)
+        return self._attend(a, prepared, attn_mask, query_positions)
+
+    def prepare(
+        self,
+        b: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        query_length: int | None = None,
+        repeats: int | None = None,
+        uses: int | None = None,
+        context_positions: Tensor | None = None,
+    ) -> PreparedContext:
+        """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
+
+        Args:
+            b: context (z, m, b).
+            context_mask: bool (z, m), True = may be attended. It belongs to the prepared context.
+            query_length: hint for the planner: n of each read.
+            repeats: hint: r of each read, where queries come as (z, r, n, a).
+            uses: hint: how many reads there will be. Without any hint the textbook's keys and values are made; with some, the
+                others count as 1.
+            context_positions: integers (m,) or (z, m), for a position part.
+
+        Returns:
+            The prepared context. It is refused after the weights that made it changed.
+
+        Raises:
+            ValueError: wrong width, dtype or mask shape.
+            TypeError: a mask that is not bool.
+
+        Cost: two projections of B by the textbook plan, nothing by context+context.
+
+        Example:
+            >>> layer = CrossAttention(48, 32, heads=4)
+            >>> prepared = layer.prepare(torch.randn(2, 7, 32), query_length=1, uses=200)
+            >>> layer.attend(torch.randn(2, 3, 1, 48), prepared).shape  # 3 beams read one context
+            torch.Size([2, 3, 1, 48])
+        """
+        self._check_context(tuple(b.shape))
+        for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
+            if hint is not None and hint < (0 if name == "query_length" else 1):
+                raise ValueError(f"{name} must be a positive number of {name.replace('_', ' ')}, got {hint}")
+        plan = self._plan_of(b, query_length, repeats, uses)
+        return self._prepare(b, context_mask, context_positions, plan, stamped=True)
+
+    def attend(
+        self,
+        a: Tensor,
+        prepared: PreparedContext,
+        *,
+        attn_mask: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        context_mask: None = None,
+    ) -> Tensor:
+        """Let every query read the prepared context.
+
+        out[z, n] = sum over heads of softmax(A Wq Wk^T B^T scale) B Wv Wo, evaluated in the order that `prepared` was made for.
+
+        Args:
+            a: queries (z, n, a), learned queries (n, a), or (z, r, n, a): r beams or samples that read one context without a copy
+                of it or of its projections.
+            prepared: result of this layer's `prepare`. Not changed.
+            attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
+            query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
+            context_mask: not taken here: it belongs to `prepare`.
+
+        Returns:
+            (z, n, o), or (z, r, n, o). A query that may attend nothing gets the output bias.
+
+        Raises:
+            ValueError: width or batch of the queries is wrong; another layer prepared the context, or weights changed since; a
+                `context_mask` was passed; NaN or +inf in a mask.
+            TypeError: `prepared` is no prepared context, or a mask of a wrong dtype.
+
+        Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
+        """
+        if not isinstance(prepared, PreparedContext):
+            raise TypeError(
+                f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
+                "layer(a, b), or layer.attend(a, layer.prepare(b))"
+            )
+        if context_mask is not None:
+            raise ValueError(
+                "context_mask belongs to the prepared context and would be ignored here; pass it to prepare(b, context_mask=...), "
+                "or mask single pairs with attn_mask"
+            )
+        self._check_prepared(prepared)
+        self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
+        self._check_tensor("queries", a)
+        return self._attend(a, prepared, attn_mask, query_positions)
+
+    def _prepare(
+        self, b: Tensor, context_mask: Tensor | None, positions: Tensor | None, plan: Plan, *, stamped: bool
+    ) -> PreparedContext:
+        self._check_tensor("context", b)
+        if context_mask is not None:
+            check_context_mask(context_mask, b.shape[0], b.shape[1])
+        positions = self._positions_of("context_positions", positions, b.shape[0], b.shape[1], b.device)
+        keys, key_bias = execute.make_keys(self, plan.scores, b, positions)
+        if plan.scores == plan.values == "context":
+            values = keys
+        else:
+            values = execute.make_values(self, plan.values, b)
+            if plan.kernel == "fused":
+                keys, values = execute.to_one_width(keys, values)
+        stamp = UNCHECKED
+        if stamped and not torch.compiler.is_compiling():
+            stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
+        return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
+
+    def _attend(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None) -> Tensor:
+        queries, mask = self._meet(a, prepared, attn_mask, query_positions)
+        dropout = self.dropout if self.training else 0.0
+        out = execute.execute(self, prepared.plan, queries, prepared.keys, prepared.values, mask, dropout)
+        return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
+
+    def _meet(
+        self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None
+    ) -> tuple[Tensor, ScoreMask]:
+        """The queries in the plan's meeting space, repeats laid into the length, and the one mask of all scores."""
+        z, m, n = prepared.batch, prepared.context_length, a.shape[-2]
+        repeats = a.shape[1] if a.dim() == 4 else None
+        if attn_mask is not None:
+            check_attn_mask(attn_mask, (z, self.heads, n, m) if repeats is None else (z, repeats, self.heads, n, m))
+            if repeats is not None:
+                attn_mask = fold_repeats(attn_mask, repeats, n)
+        positions = self._positions_of("query_positions", query_positions, z, n, a.device)
+        if repeats is not None:
+            a = a.flatten(1, 2)
+            positions = None if positions is None else positions.repeat(*(1,) * (positions.dim() - 1), repeats)
+        elif a.dim() == 2:
+            a = a.unsqueeze(0)
+        queries, projected = execute.make_queries(self, prepared.plan.scores, a, positions)
+        bias = None if prepared.key_bias is None else prepared.key_bias.unsqueeze(2)
+        if self.positions is not None and self.positions.adds_to_scores:
+            assert positions is not None and prepared.positions is not None
+            read = projected if self.positions.reads_queries else None
+            added = self.positions.score_bias(read, positions, prepared.positions, self.scale)
+            bias = added if bias is None else bias + added
+        return queries, combine_masks(prepared.mask, attn_mask, bias, m, queries.dtype)
+
+    def score_map(
+        self,
+        a: Tensor,
+        prepared: PreparedContext,
+        *,
+        attn_mask: Tensor | None = None,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
+        """The weights themselves, (z, h, n, m) or (z, r, h, n, m), by the same scores that `attend` computes; without dropout.
+
+        `crossattention.attention_map` is the public way here.
+        """
+        self._check_prepared(prepared)
+        self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
+        self._check_tensor("queries", a)
+        queries, mask = self._meet(a, prepared, attn_mask, query_positions)
+        weights = execute.explicit_weights(queries, prepared.keys, mask, self.scale)
+        weights = weights.expand(prepared.batch, -1, -1, -1)
+        return weights.unflatten(2, (a.shape[1], a.shape[2])).transpose(1, 2) if a.dim() == 4 else weights
+
+    # -------------------------------------------------------------------------------------------------- border
+
+    def _made_of(self, plan: Plan, keys: Tensor, values: Tensor) -> list[tuple[str, Tensor]]:
+        """The named tensors that a prepared context of this plan depends on: weights, and B itself where the plan keeps it.
+
+        Keys or values that are a view of B share its version, so an edit of B in place is seen through them.
+        """
+        modules: list[tuple[str, nn.Module | None]] = []
+        if plan.scores != "context":
+            modules += [("k_proj", self.k_proj), ("qk_norm", self.qk_norm), ("positions", self.positions)]
+        if plan.scores == "query":
+            modules.append(("q_proj", self.q_proj))
+        if plan.values != "context":
+            modules.append(("v_proj", self.v_proj))
+        if plan.values == "output":
+            modules.append(("out_proj", self.out_proj))
+        named = [(f"{n}.{p}", w) for n, module in modules if module is not None for p, w in module.named_parameters()]
+        if plan.scores == "context":
+            named.append((KEPT_CONTEXT, keys))
+        if plan.values == "context" and values is not keys:
+            named.append((KEPT_CONTEXT, values))
+        return named
+
+    def _check_prepared(self, prepared: PreparedContext) -> None:
+        if torch.compiler.is_compiling() or prepared.stamp.owner is None:
+            return
+        if prepared.stamp.owner != self._token:
+            raise ValueError(
+                "this prepared context was made by another layer; a prepared context belongs to the layer whose weights made it: "
+                "call this layer's prepare(b)"
+            )
+        changed = prepared.stamp.changed_since(self._made_of(prepared.plan, prepared.keys, prepared.values))
+        if changed:
+            raise ValueError(
+                f"this prepared context is out of date: {', '.join(changed)} changed since prepare (by an optimizer step, by "
+                "loading, moving, copying or an edit in place); call prepare(b) again"
+            )
+
+    def _check_shapes(self, query_shape: tuple[int, ...], context_shape: tuple[int, ...]) -> None:
+        self._check_context(context_shape)
+        if len(query_shape) not in (2, 3, 4):
+            raise ValueError(
+                f"queries must be (batch, length, {self.query_dim}), learned (length, {self.query_dim}), or (batch, repeats, length, "
+                f"{self.query_dim}), got shape {query_shape}"
+            )
+        if query_shape[-1] != self.query_dim:
+            raise ValueError(
+                f"queries have width {query_shape[-1]} but this layer was built with query_dim={self.query_dim}; got shape "
+                f"{query_shape}; project them first or build CrossAttention(query_dim={query_shape[-1]})"
+            )
+        if len(query_shape) > 2 and query_shape[0] != context_shape[0]:
+            raise ValueError(
+                f"queries have batch {query_shape[0]} but the context has batch {context_shape[0]} (shapes {query_shape} and "
+                f"{context_shape}); several query sequences for one context go in as (batch, repeats, length, width)"
+            )
+
+    def _check_context(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3:
+            raise ValueError(
+                f"context must be (batch, length, {self.context_dim}), got shape {shape}"
+                + ("; add a batch dimension with context[None]" if len(shape) == 2 else "")
+            )
+        if shape[-1] != self.context_dim:
+            raise ValueError(
+                f"context has width {shape[-1]} but this layer was built with context_dim={self.context_dim}; got shape {shape}; "
+                f"project it first or build CrossAttention(context_dim={shape[-1]})"
+            )
+
+    def _check_tensor(self, name: str, tensor: Tensor) -> None:
+        weight = self.q_proj.weight
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} are on {tensor.device} but the layer's weights on {weight.device}; move one of them")
+        if tensor.dtype == weight.dtype or torch.is_autocast_enabled(tensor.device.type):
+            return
+        raise ValueError(
+            f"{name} are {tensor.dtype} but the layer's weights are {weight.dtype}; convert one of them, or run under torch.autocast"
+        )
+
+    def _positions_of(self, name: str, given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+        """The positions a part will see: those given, else 0, 1, ...; None without a part."""
+        if self.positions is None:
+            if given is not None:
+                raise ValueError(f"{name} were passed but the layer has no position part to use them; build it with positions=...")
+            return None
+        if given is None:
+            return torch.arange(length, device=device)
+        if given.dtype.is_floating_point or given.dtype == torch.bool or tuple(given.shape) not in ((length,), (batch, length)):
+            raise ValueError(
+                f"{name} must be integers of shape ({length},) or ({batch}, {length}), got {given.dtype} of shape {tuple(given.shape)}"
+            )
+        return given
+
+    def extra_repr(self) -> str:
+        """The sizes that tell this layer from another."""
+        groups = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
+        values = f", value_head_dim={self.value_head_dim}" if self.value_head_dim != self.head_dim else ""
+        out = f", out_dim={self.out_dim}" if self.out_dim != self.query_dim else ""
+        plan = f', plan="{self.plan}"' if isinstance(self.plan, str) else f", plan={self.plan}"
+        return (
+            f"query_dim={self.query_dim}, context_dim={self.context_dim}, heads={self.heads}, head_dim={self.head_dim}"
+            f"{values}{groups}{out}{plan}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- construction, shared
+
+
+def check_size(name: str, value: int) -> None:
+    """Refuse a size that is no positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def head_widths(
+    query_dim: int, heads: int, head_dim: int | None, value_head_dim: int | None, kv_heads: int | None
+) -> tuple[int, int, int]:
+    """Head width of scores, head width of values and key-value heads, with their defaults filled in and checked."""
+    check_size("query_dim", query_dim)
+    check_size("heads", heads)
+    if head_dim is None:
+        if query_dim % heads:
+            raise ValueError(
+                f"heads must divide query_dim where head_dim is not given, got query_dim={query_dim} and heads={heads}; "
+                f"pass head_dim, or heads that divide {query_dim}"
+            )
+        head_dim = query_dim // heads
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    kv_heads = heads if kv_heads is None else kv_heads
+    for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim), ("kv_heads", kv_heads)):
+        check_size(name, size)
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} and heads={heads}")
+    return head_dim, value_head_dim, kv_heads
+
+
+def biased_projections(bias: bool | Collection[str]) -> frozenset[str]:
+    """Names of the projections that have a bias."""
+    if isinstance(bias, bool):
+        return frozenset(PROJECTIONS if bias else ())
+    unknown = sorted({bias} - set(PROJECTIONS)) if isinstance(bias, str) else sorted(set(bias) - set(PROJECTIONS))
+    if unknown:
+        raise ValueError(f"bias names {', '.join(unknown)}, but the projections are {', '.join(PROJECTIONS)}")
+    return frozenset((bias,)) if isinstance(bias, str) else frozenset(bias)
+
+
+def reset_projections(*projections: nn.Linear) -> None:
+    """Xavier-uniform weights, zero biases."""
+    for projection in projections:
+        nn.init.xavier_uniform_(projection.weight)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+
+
+def check_part(name: str, part: Part | None, kind: type[Part]) -> Part | None:
+    """Refuse a part that is not of its kind."""
+    if part is not None and not isinstance(part, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} (a module; see crossattention.layers), got {type(part).__name__}")
+    return part
+
+
+def refuse_illegal(plan: Plan, forbidden: tuple[Forbidden, ...]) -> None:
+    """Raise if something forbids a pinned plan.
+
+    Raises:
+        PlanError: with every reason.
+    """
+    reasons = reasons_against(plan, forbidden)
+    if reasons:
+        raise PlanError(f'plan {plan} is illegal here: {"; ".join(reasons)}; choose another, or plan="auto"')

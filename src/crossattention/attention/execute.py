@@ -1,0 +1,321 @@
+"""Running a plan: one small function for each meeting space, and the two kernels between them.
+
+`make_keys`, `make_values` turn B into what the plan wants; `make_queries` does so with A; `attend_heads` lets queries read keys and
+values; `finish` brings the result to the output. Nothing is decided here and nothing is checked: plans come from `plan`, input is
+checked at the border (`cross_attention`).
+
+Legend: z batch, n queries (all repeats of one context together), m context length, a/b/o widths of A, B and output, h heads,
+g key-value heads, s = h / g heads that share one, k/v head widths, c/w widths in which scores and values meet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossattention.attention.masks import ScoreMask
+from crossattention.plan import Plan
+
+if TYPE_CHECKING:
+    from crossattention.attention.cross_attention import CrossAttention
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What is made of B
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys (z, h or g or 1, m, c) in a meeting space of scores, and the extra score of each key (z, h, m) or None."""
+    if space == "context":
+        return b.unsqueeze(1), None
+    keys_zmgk = split_heads(layer.k_proj(b), layer.kv_heads)
+    if space == "head":
+        return place_keys(layer, keys_zmgk.transpose(1, 2), positions), None
+    # The key bias may stay in: A Wq bk is the same for every key and cancels in the softmax.
+    weight = _grouped_rows(layer.q_proj.weight, layer)
+    keys = torch.einsum("zmgk,gska->zgsma", keys_zmgk, weight).flatten(1, 2)
+    if layer.q_proj.bias is None:
+        return keys, None
+    key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, _grouped_rows(layer.q_proj.bias, layer)).flatten(1, 2)
+    return keys, key_bias * layer.scale
+
+
+def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:
+    """Values (z, h or g or 1, m, w) in a meeting space of values."""
+    if space == "context":
+        return b.unsqueeze(1)
+    values_zmgv = split_heads(layer.v_proj(b), layer.kv_heads)
+    if space == "head":
+        return values_zmgv.transpose(1, 2)
+    weight = layer.out_proj.weight.unflatten(1, (layer.kv_heads, -1, layer.value_head_dim))
+    return torch.einsum("zmgv,ogsv->zgsmo", values_zmgv, weight).flatten(1, 2)
+
+
+def to_one_width(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the narrower padded by zeros: kernels that fuse attention want one width, and zeros change nothing."""
+    if keys is values or keys.shape[-1] == values.shape[-1]:
+        return keys, values
+    width = max(keys.shape[-1], values.shape[-1])
+    return widen(keys, width), widen(values, width)
+
+
+def widen(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with zeros after its last dimension, up to a width."""
+    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+
+
+def place_keys(layer: CrossAttention, keys: Tensor, positions: Tensor | None) -> Tensor:
+    """Projected keys (z, g, m, k), normalised and turned by the layer's parts."""
+    if layer.qk_norm is not None:
+        keys = layer.qk_norm.normalise_keys(keys)
+    if layer.positions is not None:
+        assert positions is not None
+        keys = layer.positions.turn_keys(keys, positions)
+    return keys
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What is made of A
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries (z, h or 1, n, c) in a meeting space of scores, and the projected queries where a part reads them.
+
+    One head means that all heads share these queries: in the "query" space they are A itself.
+    """
+    if space == "query":
+        return a.unsqueeze(1), None
+    projected = split_heads(layer.q_proj(a), layer.heads).transpose(1, 2)
+    if space == "head":
+        return place_queries(layer, projected, positions), projected
+    bias = layer.k_proj.bias
+    queries = projected
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
+    weight = layer.k_proj.weight.unflatten(0, (layer.kv_heads, layer.head_dim))
+    return torch.einsum("zgsnk,gkb->zgsnb", queries.unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2), projected
+
+
+def place_queries(layer: CrossAttention, queries: Tensor, positions: Tensor | None) -> Tensor:
+    """Projected queries (z, h, n, k), normalised and turned by the layer's parts."""
+    if layer.qk_norm is not None:
+        queries = layer.qk_norm.normalise_queries(queries)
+    if layer.positions is not None:
+        assert positions is not None
+        queries = layer.positions.turn_queries(queries, positions)
+    return queries
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Where they meet
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def attend_heads(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: ScoreMask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    kernel: str = "fused",
+    sums_heads: bool = False,
+    wants_row_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Let queries read keys and values.
+
+    Args:
+        queries: (z or 1, h or 1, n, c); one head or one item is shared by all.
+        keys: (z, g, m, c).
+        values: (z, g', m, w).
+        mask: what is masked or added.
+        scale: factor of the scores.
+        dropout: probability of dropping a weight; the same pairs are dropped by every plan for one state of the generator.
+        kernel: "fused" or "explicit".
+        sums_heads: whether the heads' results are summed, giving (z, 1, n, w).
+        wants_row_sums: whether the sum of each row of weights is asked for.
+
+    Returns:
+        (z, h, n, w), zero where nothing may be attended, and the row sums broadcastable to (z, h, n, 1), None where all are one.
+    """
+    queries, keys, values = _to_autocast_dtype(queries, keys, values)
+    learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
+    if kernel == "fused" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
+        out = _fused(queries, keys, values, mask, scale)
+        return (out.sum(1, keepdim=True) if sums_heads else out), mask.live
+    with torch.autocast(queries.device.type, enabled=False):
+        weights = explicit_weights(queries, keys, mask, scale)
+        if dropout > 0.0:
+            weights = weights * _dropout_factors(weights, dropout)
+        row_sums = mask.live
+        if wants_row_sums and (dropout > 0.0 or _has_empty_side(queries, keys)):
+            row_sums = weights.sum(-1, keepdim=True).to(values.dtype)
+        return _explicit_values(weights.to(values.dtype), values, sums_heads), row_sums
+
+
+def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: float) -> Tensor:
+    """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
+    dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
+    queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
+    if queries.shape[1] == 1 and keys.shape[1] > 1:  # one product for all heads
+        scores = torch.einsum("znc,zhmc->znhm", queries[:, 0] * scale, keys).transpose(1, 2)
+    else:
+        grouped = queries.unflatten(1, (keys.shape[1], -1)) * scale
+        scores = torch.einsum("zgsnc,zgmc->zgsnm", grouped, keys).flatten(1, 2)
+    if mask.tensor is not None:
+        if mask.tensor.dtype == torch.bool:
+            scores = scores.masked_fill(~mask.tensor, -torch.inf)
+        else:
+            scores = scores + mask.tensor.to(dtype)
+    if mask.live is None:
+        return scores.softmax(-1)
+    # A row of -inf alone would be NaN, forward and backward; as a row of zeros it is finite, and then cut.
+    return scores.masked_fill(~mask.live, 0.0).softmax(-1).masked_fill(~mask.live, 0.0)
+
+
+def _explicit_values(weights: Tensor, values: Tensor, sums_heads: bool) -> Tensor:
+    if sums_heads:
+        return torch.einsum("zhnm,zhmo->zno", weights, values).unsqueeze(1)
+    return torch.einsum("zgsnm,zgmw->zgsnw", weights.unflatten(1, (values.shape[1], -1)), values).flatten(1, 2)
+
+
+def _dropout_factors(weights: Tensor, dropout: float) -> Tensor:
+    """0 or 1 / (1 - p) for each weight, drawn in the order of (z, h, n, m) whatever the layout of the weights is."""
+    factors = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    return factors.bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale: float) -> Tensor:
+    """`scaled_dot_product_attention` with as few key-value heads as there are: heads that share one are laid into the length."""
+    heads = max(queries.shape[1], keys.shape[1], values.shape[1])
+    groups = max(keys.shape[1], values.shape[1])
+    width = values.shape[-1]
+    keys, values = to_one_width(keys, values)
+    queries = widen(queries, keys.shape[-1])
+    queries = queries.expand(keys.shape[0], heads, -1, -1)
+    share = heads // groups
+    tensor = mask.tensor
+    if share > 1:
+        length = queries.shape[2]
+        queries = queries.unflatten(1, (groups, share)).flatten(2, 3)
+        tensor = None if tensor is None else _fold_mask(tensor, groups, share, length)
+    # Four dimensions even where all but the last are broadcast: fused kernels know no others.
+    out = F.scaled_dot_product_attention(queries, _spread(keys, groups), _spread(values, groups), attn_mask=tensor, scale=scale)
+    if share > 1:
+        out = out.unflatten(2, (share, -1)).flatten(1, 2)
+    out = out[..., :width]
+    if mask.live is not None and _must_zero_empty_rows(out):
+        out = out.masked_fill(~mask.live, 0.0)
+    return out
+
+
+def _spread(tensor: Tensor, groups: int) -> Tensor:
+    """(z, g, m, c) with each head repeated to make `groups`; without a copy where there is one head."""
+    if tensor.shape[1] == groups:
+        return tensor
+    if tensor.shape[1] == 1:
+        return tensor.expand(-1, groups, -1, -1)
+    return tensor.repeat_interleave(groups // tensor.shape[1], 1)
+
+
+def _fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
+    """A mask of (z, h, n, m) for heads laid into the length: (z, g, s n, m)."""
+    if tensor.shape[1] == 1 and tensor.shape[2] == 1:
+        return tensor
+    if tensor.shape[1] == 1:
+        return tensor.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(2, 3)
+    return tensor.unflatten(1, (groups, share)).expand(-1, -1, -1, length, -1).flatten(2, 3)
+
+
+def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
+    """Whether there is no query or no key; graphs are made for lengths of one or more and never branch on them."""
+    return not torch.compiler.is_compiling() and (queries.shape[2] == 0 or keys.shape[2] == 0)
+
+
+def _must_zero_empty_rows(out: Tensor) -> bool:
+    """Whether the device's kernel, or an exported graph's other runtime, may leave something in rows without a live key."""
+    return out.device.type != "cpu" or torch.compiler.is_exporting()
+
+
+def _to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# What is made of the result
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | None) -> Tensor:
+    """The layer's output (z, n, o) from what the heads read, (z, h or 1, n, w)."""
+    if space == "output":
+        bias = layer.out_proj.bias
+        return read[:, 0] if bias is None else read[:, 0] + bias.to(read.dtype)
+    if space == "context":
+        weight = layer.v_proj.weight.unflatten(0, (layer.kv_heads, layer.value_head_dim))
+        read = torch.einsum("zgsnb,gvb->zgsnv", read.unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2)
+        if layer.v_proj.bias is not None:
+            read = read + _value_bias(layer, row_sums, read)
+    joined: Tensor = layer.out_proj(read.transpose(1, 2).flatten(2))
+    return joined
+
+
+def _value_bias(layer: CrossAttention, row_sums: Tensor | None, read: Tensor) -> Tensor:
+    """What the value bias brings: the bias times the sum of each row's weights, (z, h, n, v)."""
+    bias: Tensor = layer.v_proj.bias.to(read.dtype).view(layer.kv_heads, 1, 1, layer.value_head_dim)
+    share = layer.heads // layer.kv_heads
+    bias = bias.expand(-1, share, -1, -1).flatten(0, 1)  # (h, 1, v)
+    return bias if row_sums is None else bias * row_sums.to(read.dtype)
+
+
+def split_heads(projected: Tensor, heads: int) -> Tensor:
+    """(z, length, heads x width) as (z, length, heads, width)."""
+    return projected.unflatten(-1, (heads, -1))
+
+
+def _grouped_rows(weight: Tensor, layer: CrossAttention) -> Tensor:
+    """The query projection's weight (h k, a) as (g, s, k, a), or its bias (h k) as (g, s, k)."""
+    return weight.unflatten(0, (layer.kv_heads, -1, layer.head_dim))
+
+
+def execute(
+    layer: CrossAttention,
+    plan: Plan,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: ScoreMask,
+    dropout: float,
+) -> Tensor:
+    """From queries, keys and values in the plan's meeting spaces to the layer's output (z, n, o)."""
+    read, row_sums = attend_heads(
+        queries,
+        keys,
+        values,
+        mask,
+        scale=layer.scale,
+        dropout=dropout,
+        kernel=plan.kernel,
+        sums_heads=plan.values == "output",
+        wants_row_sums=plan.values == "context" and layer.v_proj.bias is not None,
+    )
+    width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
+    return finish(layer, plan.values, read[..., :width], row_sums)
+
+
+def linear_reason(module: nn.Module, name: str) -> str | None:
+    """Why the weights of a projection may not be absorbed, or None if they may."""
+    if type(module) is not nn.Linear:
+        return f"{name} is a {type(module).__name__}, not a plain nn.Linear, so its weight cannot be absorbed"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has forward hooks, which absorbing its weight would skip"
+    return None

@@ -1,0 +1,161 @@
+"""`PreparedContext`: what a plan makes of B, once, to be read any number of times; and the stamp that tells when it is out of date.
+
+Legend: z batch, m context length, h heads, g key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from crossattention.plan import Plan
+
+# Fused optimizers change weights without touching `Tensor._version`; parameters that a stamp watches are counted here instead.
+_optimizer_steps: WeakIdKeyDictionary[Tensor, int] = WeakIdKeyDictionary()
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not len(_optimizer_steps):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in _optimizer_steps:
+                _optimizer_steps[parameter] += 1
+
+
+register_optimizer_step_post_hook(_count_steps)
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor is replaced, moved, or written to by an optimizer, by loading, or in place."""
+    try:
+        version, address = tensor._version, tensor.data_ptr()
+    except RuntimeError:  # inference tensors have no version, wrappers have no address
+        version, address = -1, -1
+    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps.get(tensor, 0)
+
+
+KEPT_CONTEXT = "context"
+"""Name, in a stamp, of the B that a prepared context keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stamp:
+    """Which layer made a prepared context, of which weights and which B; stamps compare equal, so graphs never depend on them."""
+
+    owner: int | None
+    names: tuple[str, ...] = ()
+    prints: tuple[tuple[Any, ...], ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp)
+
+    def __hash__(self) -> int:
+        return hash(Stamp)
+
+    @classmethod
+    def of(cls, owner: int, tensors: Iterable[tuple[str, Tensor]]) -> Stamp:
+        """A stamp of a layer's token and of the named tensors that the prepared context was made of."""
+        named = tuple(tensors)
+        for _, tensor in named:
+            if isinstance(tensor, nn.Parameter) and tensor not in _optimizer_steps:
+                _optimizer_steps[tensor] = 0
+        return cls(owner, tuple(name for name, _ in named), tuple(_fingerprint(tensor) for _, tensor in named))
+
+    def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Names of the tensors that are not what they were."""
+        now = {name: _fingerprint(tensor) for name, tensor in tensors}
+        return [name for name, then in zip(self.names, self.prints, strict=True) if now.get(name) != then]
+
+    def without(self, name: str) -> Stamp:
+        """The stamp with one name left out."""
+        kept = [(n, p) for n, p in zip(self.names, self.prints, strict=True) if n != name]
+        return Stamp(self.owner, tuple(n for n, _ in kept), tuple(p for _, p in kept))
+
+
+UNCHECKED = Stamp(None)
+"""The stamp of what is made inside a graph, where nothing is checked."""
+
+
+@dataclass(frozen=True)
+class PreparedContext:
+    """What a plan makes of B: a value that `attend` reads any number of times and never changes.
+
+    In the "head" spaces this is the cross-attention key-value cache; in the "context" spaces it is B itself.
+    It belongs to one layer and to the weights that made it: `attend` refuses it after those weights, or a B that it keeps, changed.
+    It is a pytree, so it passes through `torch.compile` and `torch.export`.
+
+    Args:
+        keys: (z, h or g or 1, m, width), what queries are compared with.
+        values: the same with the values' width; the same tensor as `keys` where both are B.
+        key_bias: (z, h, m), one extra score for each key, in the "query" space of scores only.
+        mask: bool (z, m), True = may be attended; None if all may.
+        positions: integer positions of the context, where a position part wants them.
+        plan: the plan it was made by.
+        stamp: which layer and weights made it.
+
+    Example:
+        >>> import torch, crossattention
+        >>> layer = crossattention.CrossAttention(48, 32, heads=4)
+        >>> prepared = layer.prepare(torch.randn(2, 7, 32))
+        >>> prepared.batch, prepared.context_length, str(prepared.plan)
+        (2, 7, 'head+head')
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_bias: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    plan: Plan
+    stamp: Stamp
+
+    @property
+    def batch(self) -> int:
+        """Number of contexts, z."""
+        return self.keys.shape[0]
+
+    @property
+    def context_length(self) -> int:
+        """Length of each context, m."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the prepared context keeps alive; B counts once where keys and values are both B."""
+        tensors = {id(t): t for t in (self.keys, self.values, self.key_bias, self.mask, self.positions) if t is not None}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def select(self, rows: Tensor) -> PreparedContext:
+        """The prepared context of some items of the batch, in the given order (as when finished items are dropped).
+
+        Args:
+            rows: integer indices into the batch, (any number,).
+
+        Cost: one copy of what is kept.
+        """
+        keys = self.keys.index_select(0, rows)
+        positions = self.positions
+        if positions is not None and positions.dim() == 2:
+            positions = positions.index_select(0, rows)
+        return replace(
+            self,
+            keys=keys,
+            values=keys if self.values is self.keys else self.values.index_select(0, rows),
+            key_bias=None if self.key_bias is None else self.key_bias.index_select(0, rows),
+            mask=None if self.mask is None else self.mask.index_select(0, rows),
+            positions=positions,
+            stamp=self.stamp.without(KEPT_CONTEXT),
+        )
+
+
+pytree.register_constant(Plan)
+pytree.register_constant(Stamp)
+torch.export.register_dataclass(PreparedContext, serialized_type_name="crossattention.PreparedContext")

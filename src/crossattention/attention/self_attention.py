@@ -1,0 +1,253 @@
+"""`SelfAttention`: cross-attention of a sequence with itself, causal or not, and its key-value cache as an explicit value.
+
+Its keys grow with its queries, which is why it is a class of its own: what a cross-attention prepares once, it appends to.
+Legend: z batch, n sequence length, t new positions, d width, h heads, g key-value heads, k/v head widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from crossattention.attention import execute
+from crossattention.attention.cross_attention import (
+    biased_projections,
+    check_part,
+    check_size,
+    head_widths,
+    reset_projections,
+)
+from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks
+from crossattention.attention.parts import PositionPart, QueryKeyNorm
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of the positions that a causal `SelfAttention` has seen: passed in to `step`, returned longer, never changed.
+
+    Args:
+        keys: (z, g, length, k).
+        values: (z, g, length, v).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        """Number of positions seen."""
+        return self.keys.shape[2]
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """The cache of some rows of the batch, in the given order, as when beams survive or die.
+
+        Args:
+            rows: integer indices into the batch, (any number,).
+        """
+        return KeyValueCache(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def append(self, keys: Tensor, values: Tensor) -> KeyValueCache:
+        """A new cache with more positions at its end."""
+        return KeyValueCache(torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
+
+
+torch.export.register_dataclass(KeyValueCache, serialized_type_name="crossattention.KeyValueCache")
+
+
+class SelfAttention(nn.Module):
+    """A sequence that attends to itself: queries, keys and values all come from it.
+
+    Equals `CrossAttention(dim, dim)(x, x)` with the same weights and, where causal, a lower-triangular mask.
+
+    Args:
+        dim: width of the sequence, d.
+        heads: number of query heads, h.
+        head_dim: width of each head's queries and keys; default dim // heads.
+        value_head_dim: width of each head's values; default `head_dim`.
+        out_dim: width of the output; default `dim`.
+        kv_heads: number of key-value heads, a divisor of `heads`; default `heads`.
+        bias: True or False for all four projections, or the names of those that have one.
+        qk_norm: part that normalises each head's queries and keys.
+        positions: part that turns queries and keys or adds to the scores.
+        dropout: probability of dropping a weight while training.
+        scale: factor of the scores; default 1 / sqrt(head_dim).
+        causal: whether position i attends only to positions up to i.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: sizes below one, heads that do not divide, dropout outside [0, 1).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3.
+
+    Example:
+        >>> layer = SelfAttention(32, heads=4, causal=True)
+        >>> x = torch.randn(2, 5, 32)
+        >>> first, cache = layer.step(x[:, :3])
+        >>> rest, cache = layer.step(x[:, 3:], cache)
+        >>> torch.allclose(torch.cat((first, rest), 1), layer(x), atol=1e-5), cache.length
+        (True, 5)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        out_dim: int | None = None,
+        kv_heads: int | None = None,
+        bias: bool | Collection[str] = True,
+        qk_norm: QueryKeyNorm | None = None,
+        positions: PositionPart | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.value_head_dim, self.kv_heads = head_widths(dim, heads, head_dim, value_head_dim, kv_heads)
+        self.dim, self.heads, self.is_causal = dim, heads, causal
+        self.out_dim = dim if out_dim is None else out_dim
+        check_size("out_dim", self.out_dim)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.dropout = dropout
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        biased, kwargs = biased_projections(bias), {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias="q_proj" in biased, **kwargs)
+        self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias="k_proj" in biased, **kwargs)
+        self.v_proj = nn.Linear(dim, self.kv_heads * self.value_head_dim, bias="v_proj" in biased, **kwargs)
+        self.out_proj = nn.Linear(heads * self.value_head_dim, self.out_dim, bias="out_proj" in biased, **kwargs)
+        self.qk_norm = check_part("qk_norm", qk_norm, QueryKeyNorm)
+        self.positions = check_part("positions", positions, PositionPart)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases."""
+        reset_projections(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """Let every position attend to the sequence.
+
+        Args:
+            x: the sequence (z, n, d); n may be 0.
+            mask: bool (z, n), True = may be attended.
+            attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, n).
+
+        Returns:
+            (z, n, o). A position that may attend nothing gets the output bias.
+
+        Raises:
+            ValueError: wrong width or mask shape, NaN or +inf in a mask.
+            TypeError: a mask of a wrong dtype.
+
+        Cost: four projections and n n (k + v) multiply-adds a head.
+        """
+        self._check(x)
+        if mask is not None:
+            check_context_mask(mask, x.shape[0], x.shape[1])
+        queries, keys, values = self._project(x, 0)
+        return self._attend(x, queries, keys, values, mask, attn_mask, 0)
+
+    def step(self, x: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, KeyValueCache]:
+        """The outputs of the next t positions, and the cache with these positions in it.
+
+        Args:
+            x: the next positions (z, t, d).
+            cache: what the last `step` returned; None at the beginning. Not changed.
+
+        Returns:
+            Outputs (z, t, o), equal to those rows of `forward` on the whole sequence; the longer cache.
+
+        Raises:
+            ValueError: the layer is not causal, wrong width, or a cache of another batch.
+
+        Cost: projections of t positions; t (length + t)(k + v) multiply-adds a head; one copy of the cache.
+        """
+        if not self.is_causal:
+            raise ValueError("step needs SelfAttention(causal=True): without it earlier outputs depend on later positions")
+        self._check(x)
+        offset = 0 if cache is None else cache.length
+        if cache is not None and cache.keys.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"x has batch {x.shape[0]} but the cache has batch {cache.keys.shape[0]}; cache.select(rows) reorders it"
+            )
+        queries, keys, values = self._project(x, offset)
+        cache = KeyValueCache(keys, values) if cache is None else cache.append(keys, values)
+        return self._attend(x, queries, cache.keys, cache.values, None, None, offset), cache
+
+    def _project(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected queries (before parts), keys (after them) and values, each (z, heads, t, width)."""
+        queries = execute.split_heads(self.q_proj(x), self.heads).transpose(1, 2)
+        keys = execute.split_heads(self.k_proj(x), self.kv_heads).transpose(1, 2)
+        values = execute.split_heads(self.v_proj(x), self.kv_heads).transpose(1, 2)
+        return queries, execute.place_keys(self, keys, self._positions(x, offset, x.shape[1])), values
+
+    def _attend(
+        self,
+        x: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        offset: int,
+    ) -> Tensor:
+        score_mask = self._mask(x, queries, keys, mask, attn_mask, offset)
+        read, _ = execute.attend_heads(
+            execute.place_queries(self, queries, self._positions(x, offset, x.shape[1])),
+            keys,
+            values,
+            score_mask,
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        out: Tensor = self.out_proj(read.transpose(1, 2).flatten(2))
+        return out
+
+    def _mask(
+        self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int
+    ) -> ScoreMask:
+        z, n, m = x.shape[0], x.shape[1], keys.shape[2]
+        if attn_mask is not None:
+            check_attn_mask(attn_mask, (z, self.heads, n, m))
+        bias = None
+        if self.positions is not None and self.positions.adds_to_scores:
+            rows, columns = self._positions(x, offset, n), self._positions(x, 0, m)
+            assert rows is not None and columns is not None
+            read = queries if self.positions.reads_queries else None
+            bias = self.positions.score_bias(read, rows, columns, self.scale)
+        if self.is_causal and not (isinstance(n, int) and n == 1 and offset == m - 1):
+            causal = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(offset)
+            if attn_mask is None:
+                attn_mask = causal
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & causal
+            else:
+                attn_mask = torch.where(causal, attn_mask, -torch.inf)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype)
+
+    def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
+        return None if self.positions is None else torch.arange(start, start + length, device=x.device)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"the sequence must be (batch, length, {self.dim}) as this layer was built with dim={self.dim}, got shape "
+                f"{tuple(x.shape)}"
+            )
+        weight = self.q_proj.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"the sequence is {x.dtype} but the layer's weights are {weight.dtype}; convert one, or run under torch.autocast"
+            )
+
+    def extra_repr(self) -> str:
+        """The sizes that tell this layer from another."""
+        return f"dim={self.dim}, heads={self.heads}, head_dim={self.head_dim}, causal={self.is_causal}"
