@@ -1,0 +1,108 @@
+"""The optimizers of a run, and their state under the names of the parameters.
+
+A run has a mapping of optimizers, so that one which handles matrices only can stand beside one for the rest. Each group
+carries its highest learning rate as "initial_lr"; the loop multiplies it by the schedule's factor at every step.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from crossattention.training.config import TrainConfig
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, Optimizer]:
+    """The optimizers that `config` names, over every parameter of the model that is trained.
+
+    Args:
+        model: already on its device (the fused kernels are chosen by it).
+        config: the run's settings.
+
+    Returns:
+        Name -> optimizer; together they hold every trained parameter once.
+
+    Raises:
+        ValueError: nothing in the model is trained.
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101 (AdamW).
+    """
+    decayed, plain = _split_by_decay(model)
+    if not decayed and not plain:
+        raise ValueError("the model has no parameter with requires_grad=True: there is nothing to train")
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    parameters = decayed + plain
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters),
+    )
+    for group in adamw.param_groups:
+        group["initial_lr"] = config.learning_rate
+    return {"adamw": adamw}
+
+
+def optimizer_tensors(optimizers: Mapping[str, Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the optimizers' state under "optimizer/parameter/key", as in "adamw/out_proj.weight/exp_avg".
+
+    Raises:
+        TypeError: an optimizer keeps something that is no tensor: it could not be saved.
+    """
+    tensors = {}
+    for prefix, parameter, optimizer in _named_parameters_of(optimizers, model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{prefix}/{key} must be a tensor to be saved, got {type(value).__name__}")
+            tensors[f"{prefix}/{key}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizers: Mapping[str, Optimizer], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; the groups' settings stay those of the optimizers.
+
+    Raises:
+        ValueError: the tensors are of other parameters than the model's, or of other optimizers.
+    """
+    prefixes = [prefix for prefix, _, _ in _named_parameters_of(optimizers, model)]
+    by_prefix: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        prefix, _, key = name.rpartition("/")
+        by_prefix.setdefault(prefix, {})[key] = tensor
+    unknown = sorted(set(by_prefix) - set(prefixes))
+    missing = sorted(set(prefixes) - set(by_prefix)) if by_prefix else []
+    if unknown or missing:
+        raise ValueError(f"the optimizer's state does not fit the model: {unknown=}, {missing=}")
+    for name, optimizer in optimizers.items():
+        # Through the optimizer's own loading: it knows which of its tensors follow the parameter's device and dtype.
+        own = [prefix for prefix in prefixes if prefix.startswith(f"{name}/")]
+        state: dict[str, Any] = {"param_groups": optimizer.state_dict()["param_groups"]}
+        state["state"] = {place: by_prefix[prefix] for place, prefix in enumerate(own) if prefix in by_prefix}
+        optimizer.load_state_dict(state)
+
+
+def _named_parameters_of(optimizers: Mapping[str, Optimizer], model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+    """("optimizer/parameter name", parameter, optimizer), in the optimizers' own order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer_name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield f"{optimizer_name}/{names[parameter]}", parameter, optimizer
+
+
+def _split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trained parameters, each once: those that weight decay pulls at, and the biases, norms and vectors."""
+    decayed: dict[nn.Parameter, None] = {}
+    plain: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            is_plain = parameter.ndim < 2 or name.endswith("bias") or "Norm" in type(module).__name__
+            (plain if is_plain else decayed)[parameter] = None
+    return list(decayed), [parameter for parameter in plain if parameter not in decayed]
