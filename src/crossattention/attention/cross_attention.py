@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
         head_dim: width k of each head's queries and keys; default query_dim // heads. heads * head_dim need not be query_dim.
         value_head_dim: width v of each head's values; default `head_dim`.
         out_dim: width of the output, o; default `query_dim`.
-        kv_heads: number of key-value heads, g, a divisor of `heads`; query head i reads key-value head i // (h / g). Default `heads`.
+        kv_heads: number of key-value heads, g, a divisor of `heads`, the default; query head i reads key-value head i // (h / g).
         bias: True or False for all four projections, or the names of those that have one, as ("q_proj", "v_proj", "out_proj").
         qk_norm: part that normalises each head's queries and keys.
         positions: part that turns queries and keys or adds to the scores.
@@ -407,7 +407,7 @@ class CrossAttention(nn.Module):
             read = projected if self.positions.reads_queries else None
             added = self.positions.score_bias(read, positions, prepared.positions, self.scale)
             bias = added if bias is None else bias + added
-        return queries, combine_masks(prepared.mask, attn_mask, bias, m, queries.dtype)
+        return queries, combine_masks(prepared.mask, attn_mask, bias, m, queries.dtype, queries.device)
 
     def score_map(
         self,
@@ -445,7 +445,9 @@ class CrossAttention(nn.Module):
             modules.append(("v_proj", self.v_proj))
         if plan.values == "output":
             modules.append(("out_proj", self.out_proj))
-        named = [(f"{n}.{p}", w) for n, module in modules if module is not None for p, w in module.named_parameters()]
+        named: list[tuple[str, Tensor]] = [
+            (f"{n}.{p}", w) for n, module in modules if module is not None for p, w in module.named_parameters()
+        ]
         if plan.scores == "context":
             named.append((KEPT_CONTEXT, keys))
         if plan.values == "context" and values is not keys:
@@ -471,8 +473,8 @@ class CrossAttention(nn.Module):
         self._check_context(context_shape)
         if len(query_shape) not in (2, 3, 4):
             raise ValueError(
-                f"queries must be (batch, length, {self.query_dim}), learned (length, {self.query_dim}), or (batch, repeats, length, "
-                f"{self.query_dim}), got shape {query_shape}"
+                f"queries must be (batch, length, {self.query_dim}), learned (length, {self.query_dim}), or (batch, repeats, "
+                f"length, {self.query_dim}), got shape {query_shape}"
             )
         if query_shape[-1] != self.query_dim:
             raise ValueError(
@@ -504,7 +506,7 @@ class CrossAttention(nn.Module):
         if tensor.dtype == weight.dtype or torch.is_autocast_enabled(tensor.device.type):
             return
         raise ValueError(
-            f"{name} are {tensor.dtype} but the layer's weights are {weight.dtype}; convert one of them, or run under torch.autocast"
+            f"{name} are {tensor.dtype} but the layer's weights are {weight.dtype}; convert one, or run under torch.autocast"
         )
 
     def _positions_of(self, name: str, given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
@@ -517,7 +519,7 @@ class CrossAttention(nn.Module):
             return torch.arange(length, device=device)
         if given.dtype.is_floating_point or given.dtype == torch.bool or tuple(given.shape) not in ((length,), (batch, length)):
             raise ValueError(
-                f"{name} must be integers of shape ({length},) or ({batch}, {length}), got {given.dtype} of shape {tuple(given.shape)}"
+                f"{name} must be integers, ({length},) or ({batch}, {length}), got {given.dtype} of shape {tuple(given.shape)}"
             )
         return given
 

@@ -74,7 +74,7 @@ def check_attn_mask(mask: Tensor, target: tuple[int, ...]) -> None:
     if bool(torch.isnan(mask).any()):
         first = torch.isnan(mask).nonzero()[0].tolist()
         raise ValueError(
-            f"attn_mask has {int(torch.isnan(mask).sum())} NaN, the first at index {first}; use -inf to forbid a pair, 0 to leave it"
+            f"attn_mask has {int(torch.isnan(mask).sum())} NaN, the first at {first}; use -inf to forbid a pair, 0 to leave it"
         )
     if bool((mask == torch.inf).any()):
         first = (mask == torch.inf).nonzero()[0].tolist()
@@ -97,6 +97,7 @@ def combine_masks(
     score_bias: Tensor | None,
     context_length: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> ScoreMask:
     """One mask out of a context mask (z, m), a pair mask (z, h, n, m) and a finite score bias (z, h, n, m), each optional.
 
@@ -105,8 +106,11 @@ def combine_masks(
         attn_mask: bool or float, four dimensions, broadcastable.
         score_bias: float, broadcastable; finite, so it never empties a row.
         context_length: m.
-        dtype: dtype of the scores' operands; float masks are brought to it.
+        dtype: dtype of the queries. Float masks are brought to it, or to float32 where the queries are in half precision on a CPU,
+            whose kernels take that; a mask in half precision would be the coarsest number of all.
     """
+    if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu":
+        dtype = torch.float32
     allowed = None if context_mask is None else context_mask[:, None, None, :]
     added = score_bias
     live_pairs = allowed

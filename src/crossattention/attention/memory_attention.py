@@ -145,7 +145,7 @@ class MemoryAttention(nn.Module):
             A memory with one head, the first matrix's rows as keys and the second one's columns as values.
 
         Raises:
-            TypeError: a module of another shape; a Dropout at the end that drops something, as it acts on the output, not on memory.
+            TypeError: a module of another shape; a Dropout at the end, which acts on the output, not on memory.
 
         Source: Geva et al. 2021, arXiv:2012.14913, eq. 1-2.
 
@@ -212,7 +212,7 @@ def _sequential_pieces(module: nn.Sequential) -> tuple[nn.Linear, Callable[[Tens
     for place, probability in dropouts:
         if place < pieces.index(rest[1]) or (place > pieces.index(rest[2]) and probability > 0.0):
             raise TypeError(
-                f"from_feed_forward can take over a Dropout between activation and second Linear only, got {kinds}; apply the other "
+                f"from_feed_forward takes over a Dropout between activation and second Linear only, got {kinds}; apply the other "
                 "one outside the memory"
             )
         kept *= 1.0 if place > pieces.index(rest[2]) else 1.0 - probability

@@ -100,7 +100,7 @@ def attend_parts(queries: Tensor, parts: Sequence[Part], *, scale: float) -> Par
     """
     _check_parts(queries, parts)
     tensors = [tensor for part in parts for tensor in (part.keys, part.values, part.mask)]
-    output, lse = _AttendParts.apply(scale, queries, *tensors)  # type: ignore[no-untyped-call]
+    output, lse = _AttendParts.apply(scale, queries, *tensors)
     return Partial(output, lse)
 
 
@@ -245,7 +245,7 @@ def _float_mask(queries: Tensor, part: Part) -> Tensor | None:
 def _check_parts(queries: Tensor, parts: Sequence[Part]) -> None:
     if not parts:
         raise ValueError("attend_parts needs at least one part, got none; an empty context is one part with keys of length 0")
-    z, h, n, c = queries.shape
+    z, h, _, c = queries.shape
     for place, part in enumerate(parts):
         keys, values = tuple(part.keys.shape), tuple(part.values.shape)
         m = keys[2] if len(keys) == 4 else None

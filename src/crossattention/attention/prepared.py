@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from crossattention.plan import Plan
 
 # Fused optimizers change weights without touching `Tensor._version`; parameters that a stamp watches are counted here instead.
-_optimizer_steps: WeakIdKeyDictionary[Tensor, int] = WeakIdKeyDictionary()
+_optimizer_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
         version, address = tensor._version, tensor.data_ptr()
     except RuntimeError:  # inference tensors have no version, wrappers have no address
         version, address = -1, -1
-    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps.get(tensor, 0)
+    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps[tensor] if tensor in _optimizer_steps else 0
 
 
 KEPT_CONTEXT = "context"

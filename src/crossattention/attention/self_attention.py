@@ -231,7 +231,7 @@ class SelfAttention(nn.Module):
                 attn_mask = attn_mask & causal
             else:
                 attn_mask = torch.where(causal, attn_mask, -torch.inf)
-        return combine_masks(mask, attn_mask, bias, m, queries.dtype)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device)
 
     def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)

@@ -11,7 +11,7 @@ from crossattention.plan.show import choice_as_dict, show_choice
 from crossattention.plan.sizes import Sizes
 
 ADVANTAGE = 0.85
-"""A plan replaces the textbook's only if it is estimated to take at most this share of its time: the model errs, the textbook is safe."""
+"""A plan replaces the textbook's only if it is estimated to take at most this share of its time: estimates err."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,11 @@ def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], uses_known: bool) ->
     best = legal[0]
     textbook = next((candidate for candidate in legal if candidate.plan == TEXTBOOK), None)
     if textbook is not None and not uses_known:
-        return Choice(
-            TEXTBOOK, "the textbook's key-value cache: nothing was said of the reads", sizes, tuple(candidates)
-        )
+        return Choice(TEXTBOOK, "the textbook's key-value cache: nothing was said of the reads", sizes, tuple(candidates))
     if textbook is None or best is textbook:
         return Choice(best.plan, "the cheapest legal plan", sizes, tuple(candidates))
     ratio = best.cost.seconds / textbook.cost.seconds
     if ratio > ADVANTAGE:
-        why = (
-            f"the textbook: {best.plan} is estimated at {ratio:.2f} of its time, no clear gain (needs {ADVANTAGE:.2f})"
-        )
+        why = f"the textbook: {best.plan} is estimated at {ratio:.2f} of its time, no clear gain (needs {ADVANTAGE:.2f})"
         return Choice(TEXTBOOK, why, sizes, tuple(candidates))
     return Choice(best.plan, f"estimated {1 / ratio:.1f} times as fast as the textbook", sizes, tuple(candidates))

@@ -163,9 +163,7 @@ def _kernel_steps(plan: Plan, sizes: Sizes) -> Iterator[Work]:
     yield Work("scores", 2 * weights * key_width, z * (query_heads * n + key_groups * m) * key_width + weights)
     yield Work("softmax", 4 * weights, 2 * weights, exponentials=weights)
     out_heads = 1 if plan.values == "output" else h
-    yield Work(
-        "P times values", 2 * weights * value_width, z * (out_heads * n + value_groups * m) * value_width + weights
-    )
+    yield Work("P times values", 2 * weights * value_width, z * (out_heads * n + value_groups * m) * value_width + weights)
 
 
 def meeting_widths(plan: Plan, sizes: Sizes) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Forbidden:
 
     def hits(self, plan: Plan) -> bool:
         """Whether `plan` uses the forbidden space."""
-        return getattr(plan, self.chain) == self.space
+        return (plan.scores if self.chain == "scores" else plan.values) == self.space
 
 
 def reasons_against(plan: Plan, forbidden: Iterable[Forbidden]) -> tuple[str, ...]:
