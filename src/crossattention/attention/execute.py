@@ -171,7 +171,7 @@ def attend_heads(
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
     if kernel == "fused" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         out = _fused(queries, keys, values, mask, scale)
-        return (out.sum(1, keepdim=True) if sums_heads else out), mask.live
+        return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out), mask.live
     with torch.autocast(queries.device.type, enabled=False):
         weights = explicit_weights(queries, keys, mask, scale)
         if dropout > 0.0:
@@ -179,7 +179,7 @@ def attend_heads(
         row_sums = mask.live
         if wants_row_sums and (dropout > 0.0 or _has_empty_side(queries, keys)):
             row_sums = weights.sum(-1, keepdim=True).to(values.dtype)
-        return _explicit_values(weights.to(values.dtype), values, sums_heads), row_sums
+        return _explicit_values(weights, values, sums_heads), row_sums
 
 
 def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: float) -> Tensor:
@@ -204,7 +204,8 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
 
 def _explicit_values(weights: Tensor, values: Tensor, sums_heads: bool) -> Tensor:
     if sums_heads:
-        return torch.einsum("zhnm,zhmo->zno", weights, values).unsqueeze(1)
+        return torch.einsum("zhnm,zhmo->zno", weights, _unrounded(values)).unsqueeze(1)
+    weights = weights.to(values.dtype)
     return torch.einsum("zgsnm,zgmw->zgsnw", weights.unflatten(1, (values.shape[1], -1)), values).flatten(1, 2)
 
 
@@ -267,6 +268,11 @@ def _must_zero_empty_rows(out: Tensor) -> bool:
     return out.device.type != "cpu" or torch.compiler.is_exporting()
 
 
+def _unrounded(tensor: Tensor) -> Tensor:
+    """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def _to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -280,16 +286,17 @@ def _to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 # --------------------------------------------------------------------------------------------------------------------------
 
 
-def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | None) -> Tensor:
-    """The layer's output (z, n, o) from what the heads read, (z, h or 1, n, w)."""
+def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The layer's output (z, n, o), in a dtype, from what the heads read, (z, h or 1, n, w)."""
     if space == "output":
         bias = layer.out_proj.bias
-        return read[:, 0] if bias is None else read[:, 0] + bias.to(read.dtype)
+        return (read[:, 0] if bias is None else read[:, 0] + bias.to(read.dtype)).to(dtype)
     if space == "context":
-        weight = layer.v_proj.weight.unflatten(0, (layer.kv_heads, layer.value_head_dim))
-        read = torch.einsum("zgsnb,gvb->zgsnv", read.unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2)
+        weight = _unrounded(layer.v_proj.weight).unflatten(0, (layer.kv_heads, layer.value_head_dim))
+        read = torch.einsum("zgsnb,gvb->zgsnv", _unrounded(read).unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
+        read = read.to(dtype)
     joined: Tensor = layer.out_proj(read.transpose(1, 2).flatten(2))
     return joined
 
@@ -336,7 +343,7 @@ def execute(
         wants_row_sums=plan.values == "context" and layer.v_proj.bias is not None,
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
-    return finish(layer, plan.values, read[..., :width], row_sums)
+    return finish(layer, plan.values, read[..., :width], row_sums, _to_autocast_dtype(values)[0].dtype)
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

@@ -136,8 +136,8 @@ def combine_masks(
 
 def _to_score_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in the scores' dtype; a large negative number stays finite, as only -inf forbids a pair."""
-    if mask.dtype == dtype:
-        return mask
+    if torch.finfo(mask.dtype).max <= torch.finfo(dtype).max:
+        return mask.to(dtype)
     narrowed = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     return torch.where(mask == -torch.inf, -torch.inf, narrowed)
 
