@@ -1,1 +1,16 @@
+"""Whole architectures, one a file, and what they share: generation, saving and loading."""
 
+from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
+from crossattention.models.pretrained import load
+from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
+
+__all__ = [
+    "Hypothesis",
+    "Transformer",
+    "TransformerConfig",
+    "beam_search",
+    "greedy",
+    "label_smoothed_cross_entropy",
+    "load",
+    "sample",
+]

@@ -1,0 +1,72 @@
+"""The position-wise feed-forward layer: two projections with an activation between them, the same at every position.
+
+The same map read as attention over a learned context is `MemoryAttention.from_feed_forward`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class FeedForward(nn.Module):
+    """Two projections with an activation between them.
+
+    out = dropout(activation(x W1 + b1)) W2 + b2, at every position alike.
+
+    Args:
+        dim: width of the input.
+        hidden_dim: width between the projections.
+        out_dim: width of the output; `dim` if not given.
+        activation: "relu", "gelu" (the exact one, with erf), or a module applied elementwise.
+        bias: whether the projections have b1 and b2.
+        dropout: probability of zeroing a hidden unit in training.
+
+    Raises:
+        ValueError: a width below 1, an unknown activation, a dropout outside [0, 1).
+
+    Cost: hidden_dim * (dim + out_dim) multiply-adds a position.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 2 (ReLU, no dropout inside).
+
+    Example:
+        >>> FeedForward(6, 24)(torch.randn(2, 5, 6)).shape
+        torch.Size([2, 5, 6])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        out_dim: int | None = None,
+        activation: str | nn.Module = "relu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        for name, width in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+            if width < 1:
+                raise ValueError(f"{name} must be at least 1, got {width}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
+        self.activation = _activation(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = nn.Linear(hidden_dim, out_dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map every position of x (..., dim) to (..., out_dim)."""
+        return self.down_proj(self.dropout(self.activation(self.up_proj(x))))
+
+
+def _activation(activation: str | nn.Module) -> nn.Module:
+    if isinstance(activation, nn.Module):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} or a module, got {activation!r}")
+    return ACTIVATIONS[activation]()
