@@ -1,0 +1,578 @@
+"""The layer: every plan against the specification, prepare and attend, shapes, empty rows, errors by their values."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from crossattention import CrossAttention, Plan, PlanError, SelfAttention
+from crossattention.attention import PreparedContext
+from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK
+from oracle import MASKS, A, B, H, K, M, N, O, V, Z, gradients, make_inputs, make_layer, make_masks, specification
+from tolerances import TOLERANCES, assert_close
+
+LENGTHS = ((N, M), (1, M), (N, 1), (0, M), (N, 0), (0, 0))
+
+
+def named(plan: Plan) -> str:
+    return str(plan)
+
+
+# ------------------------------------------------------------------------------------------------ the grid
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_every_plan_equals_the_specification_with_gradients(plan, mask):
+    for (n, m), bias, kv_heads in itertools.product(LENGTHS, (True, False), (H, 2, 1)):
+        layer = make_layer(plan, bias=bias, kv_heads=kv_heads)
+        a, b = make_inputs(n, m)
+        masks = make_masks(mask, n, m)
+        out = layer(a, b, **masks)
+        expected, _ = specification(layer, a, b, **masks)
+        assert_close(out, expected)
+        names = ["a", "b", *(name for name, _ in layer.named_parameters())]
+        inputs = [a, b, *layer.parameters()]
+        for name, found, wanted in zip(names, gradients(out, inputs), gradients(expected, inputs), strict=True):
+            assert found.isfinite().all() and (found - wanted).abs().amax() < 1e-10 if found.numel() else True, (name, n, m)
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_every_plan_is_exact_in_float32(plan):
+    for mask in MASKS:
+        layer = make_layer(plan, dtype=torch.float32)
+        a, b = make_inputs(dtype=torch.float32)
+        masks = make_masks(mask, dtype=torch.float32)
+        expected, _ = specification(layer, a.double(), b.double(), **masks)
+        assert_close(layer(a, b, **masks), expected)
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_in_bfloat16_no_plan_errs_more_than_twice_the_textbook(plan):
+    ratios = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        layer = CrossAttention(48, 72, heads=3, head_dim=16, value_head_dim=24, out_dim=80, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5))
+        layer.bfloat16()
+        a, b = torch.randn(2, 11, 48).bfloat16(), torch.randn(2, 37, 72).bfloat16()
+        expected, _ = specification(layer, a.double(), b.double())
+        errors = []
+        for tried in (plan, TEXTBOOK):
+            layer.plan = tried
+            errors.append((layer(a, b).double() - expected).square().mean().sqrt())
+        ratios.append(float((errors[0] / errors[1]).detach()))
+    assert max(ratios) <= 2.0, ratios
+
+
+def test_every_plan_drops_the_same_pairs_in_training():
+    outs = []
+    for plan in CANDIDATES:
+        torch.manual_seed(0)
+        layer = make_layer(plan, dropout=0.4).train()
+        a, b = make_inputs()
+        torch.manual_seed(7)
+        outs.append(layer(a, b, **make_masks("empty row")))
+    for out in outs[1:]:
+        assert_close(out, outs[0])
+
+
+def test_dropout_keeps_the_mean_and_stops_in_evaluation():
+    layer = make_layer(dropout=0.5)
+    a, b = make_inputs()
+    expected, _ = specification(layer, a, b)
+    with torch.no_grad():
+        mean = torch.stack([layer(a, b) for _ in range(4000)]).mean(0)
+    assert (mean - expected).abs().max() < 0.2 * expected.abs().max()
+    assert not torch.equal(layer(a, b), expected)
+    assert_close(layer.eval()(a, b), expected)
+
+
+@given(
+    z=st.integers(1, 3),
+    n=st.integers(0, 6),
+    m=st.integers(0, 6),
+    widths=st.tuples(*[st.integers(1, 9)] * 5),
+    groups=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3), (6, 2)]),
+    plan=st.sampled_from(CANDIDATES),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_sizes_equal_the_specification(z, n, m, widths, groups, plan, masked, seed):
+    torch.manual_seed(seed)
+    a_dim, b_dim, k, v, o = widths
+    heads, kv_heads = groups
+    layer = CrossAttention(
+        a_dim, b_dim, heads=heads, kv_heads=kv_heads, head_dim=k, value_head_dim=v, out_dim=o, plan=plan, dtype=torch.float64
+    )
+    a, b = torch.randn(z, n, a_dim, dtype=torch.float64), torch.randn(z, m, b_dim, dtype=torch.float64)
+    masks = {"context_mask": torch.rand(z, m) > 0.5, "attn_mask": torch.rand(n, m) > 0.3} if masked else {}
+    assert_close(layer(a, b, **masks), specification(layer, a, b, **masks)[0])
+
+
+# ---------------------------------------------------------------------------------------- prepare and attend
+
+
+@pytest.mark.parametrize("plan", [*CANDIDATES, "auto", "textbook"], ids=str)
+def test_forward_is_attend_on_prepare_to_the_bit(plan):
+    for mask in MASKS:
+        layer = make_layer(plan)
+        a, b = make_inputs()
+        masks = make_masks(mask)
+        prepared = layer.prepare(b, context_mask=masks.get("context_mask"), query_length=N, uses=1)
+        assert torch.equal(layer.attend(a, prepared, attn_mask=masks.get("attn_mask")), layer(a, b, **masks))
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_attend_changes_nothing_in_the_prepared_context_and_can_be_repeated(plan):
+    layer = make_layer(plan)
+    a, b = make_inputs()
+    prepared = layer.prepare(b, context_mask=torch.rand(Z, M) > 0.3)
+    before = [t.clone() for t in (prepared.keys, prepared.values, prepared.mask)]
+    first = layer.attend(a, prepared)
+    assert torch.equal(first, layer.attend(a, prepared))
+    assert all(torch.equal(x, y) for x, y in zip(before, (prepared.keys, prepared.values, prepared.mask), strict=True))
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+@pytest.mark.parametrize("mask", ["none", "per item", "per query", "additive"])
+def test_queries_that_share_a_context_equal_repeating_it(plan, mask):
+    r = 3
+    layer = make_layer(plan)
+    a = torch.randn(Z, r, N, A, dtype=torch.float64, requires_grad=True)
+    _, b = make_inputs()
+    context_mask = torch.rand(Z, M) > 0.3
+    attn_mask = {
+        "none": None,
+        "per item": torch.rand(Z, 1, 1, 1, M) > 0.3,
+        "per query": torch.rand(r, 1, N, M) > 0.3,
+        "additive": torch.randn(Z, r, H, N, M, dtype=torch.float64),
+    }[mask]
+    out = layer.attend(a, layer.prepare(b, context_mask=context_mask), attn_mask=attn_mask)
+    full = None if attn_mask is None else attn_mask.expand(Z, r, H, N, M).flatten(0, 1)
+    repeated = {"context_mask": context_mask.repeat_interleave(r, 0), "attn_mask": full}
+    repeated = {name: value for name, value in repeated.items() if value is not None}
+    expected, _ = specification(layer, a.flatten(0, 1), b.repeat_interleave(r, 0), **repeated)
+    expected = expected.unflatten(0, (Z, r))
+    assert_close(out, expected)
+    for found, wanted in zip(gradients(out, [a, b]), gradients(expected, [a, b]), strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("plan", ALL_PLANS, ids=named)
+def test_sharing_a_context_projects_it_once_and_copies_nothing(plan):
+    layer = make_layer(plan)
+    a, b = torch.randn(Z, 8, 1, A, dtype=torch.float64), torch.randn(Z, M, B, dtype=torch.float64)
+    prepared = layer.prepare(b)
+    bytes_before = prepared.nbytes
+    layer.attend(a, prepared)
+    assert prepared.batch == Z and prepared.nbytes == bytes_before
+    if plan == Plan("context", "context"):
+        assert prepared.keys.data_ptr() == b.data_ptr() and prepared.values is prepared.keys
+        assert prepared.nbytes == b.numel() * b.element_size()
+
+
+def test_learned_queries_are_projected_once_for_the_whole_batch():
+    layer = make_layer("textbook")
+    rows = []
+    layer.q_proj.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // A))
+    learned = nn.Parameter(torch.randn(N, A, dtype=torch.float64))
+    _, b = make_inputs()
+    out = layer(learned, b)
+    assert rows == [N]
+    assert_close(out, specification(layer, learned.expand(Z, N, A), b)[0])
+    assert_close(gradients(out, [learned])[0], gradients(specification(layer, learned.expand(Z, N, A), b)[0], [learned])[0])
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_learned_queries_are_exact_in_every_plan(plan):
+    layer = make_layer(plan)
+    learned, (_, b) = torch.randn(N, A, dtype=torch.float64), make_inputs()
+    for mask in MASKS:
+        masks = make_masks(mask)
+        assert_close(layer(learned, b, **masks), specification(layer, learned.expand(Z, N, A), b, **masks)[0])
+
+
+def test_without_hints_the_textbook_cache_is_prepared_and_hints_may_change_it():
+    layer = CrossAttention(64, 64, heads=4)
+    b = torch.randn(1, 4096, 64)
+    assert layer.prepare(b).plan == TEXTBOOK
+    assert layer.prepare(b, query_length=1, uses=1).plan == Plan("context", "context")
+
+
+def test_a_selected_prepared_context_is_that_of_the_selected_items():
+    for plan in ALL_PLANS:
+        layer = make_layer(plan)
+        a, b = make_inputs()
+        mask = torch.rand(Z, M) > 0.3
+        rows = torch.tensor([1, 0, 1])
+        selected = layer.prepare(b, context_mask=mask).select(rows)
+        assert_close(layer.attend(a[rows], selected), layer(a, b, context_mask=mask)[rows])
+
+
+# ------------------------------------------------------------------------------------- what must always hold
+
+
+def test_the_output_has_the_length_and_width_of_a_whatever_b_is():
+    for b_dim, m in itertools.product((1, 5, 64), (0, 1, 9)):
+        layer = CrossAttention(48, b_dim, heads=4)
+        assert layer(torch.randn(2, 7, 48), torch.randn(2, m, b_dim)).shape == (2, 7, 48)
+
+
+def test_self_attention_equals_cross_attention_of_a_sequence_with_itself():
+    own = SelfAttention(12, heads=3, dtype=torch.float64)
+    cross = CrossAttention(12, heads=3, dtype=torch.float64)
+    cross.load_state_dict(own.state_dict())
+    x = torch.randn(Z, N, 12, dtype=torch.float64)
+    mask = torch.rand(Z, N) > 0.3
+    assert_close(own(x, mask=mask), cross(x, x, context_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_a_row_that_may_attend_nothing_gives_the_output_bias_and_no_gradient(plan, dtype):
+    layer = make_layer(plan, dtype=dtype)
+    a, b = make_inputs(dtype=dtype)
+    context_mask = torch.ones(Z, M, dtype=torch.bool)
+    context_mask[0] = False
+    pairs = torch.ones(Z, 1, N, M, dtype=torch.bool)
+    pairs[1, 0, 2] = False
+    outs = [
+        layer(a, b, context_mask=context_mask, attn_mask=pairs),
+        layer.attend(a, layer.prepare(b, context_mask=context_mask), attn_mask=pairs),
+        layer(a, b, attn_mask=torch.zeros(Z, 1, N, M, dtype=dtype).masked_fill(~(pairs & context_mask[:, None, None]), -torch.inf)),
+    ]
+    for out in outs:
+        bias = layer.out_proj.bias
+        assert torch.equal(out[0], bias.expand(N, O)) and torch.equal(out[1, 2], bias)
+        assert not torch.equal(out[1, 1], bias)
+        layer.zero_grad()
+        found = gradients(out, [a, b, *layer.parameters()])
+        assert all(gradient.isfinite().all() for gradient in found)
+        assert not found[0][0].any() and not found[0][1, 2].any() and not found[1][0].any()
+        assert found[0][1, 1].any() and found[1][1].any()
+
+
+def test_an_empty_context_gives_the_output_bias_in_every_plan():
+    for plan in CANDIDATES:
+        layer = make_layer(plan)
+        a, b = make_inputs(m=0)
+        assert torch.equal(layer(a, b), layer.out_proj.bias.expand(Z, N, O))
+
+
+def test_the_key_bias_never_changes_the_output():
+    for plan in CANDIDATES:
+        layer = make_layer(plan)
+        a, b = make_inputs()
+        before = layer(a, b)
+        with torch.no_grad():
+            layer.k_proj.bias += 3.0
+        assert_close(layer(a, b), before)
+
+
+def test_a_permuted_context_leaves_the_output_and_permuted_queries_permute_it():
+    layer = make_layer()
+    a, b = make_inputs()
+    keys, rows = torch.randperm(M), torch.randperm(N)
+    assert_close(layer(a, b[:, keys]), layer(a, b))
+    assert_close(layer(a[:, rows], b), layer(a, b)[:, rows])
+
+
+def test_a_large_negative_additive_mask_is_not_an_empty_row():
+    for plan in CANDIDATES:
+        layer = make_layer(plan, dtype=torch.bfloat16)
+        a, b = make_inputs(dtype=torch.bfloat16)
+        lowest = torch.full((N, M), torch.finfo(torch.float32).min)
+        out = layer(a, b, attn_mask=lowest)
+        assert out.isfinite().all() and not torch.equal(out[0, 0], layer.out_proj.bias)
+
+
+def test_gradcheck_holds_for_the_auto_plan():
+    layer = make_layer()
+    a, b = make_inputs(3, 4)
+    assert torch.autograd.gradcheck(lambda a, b: layer(a, b), (a, b))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    layer = make_layer(dropout=0.3)
+    a, b = make_inputs()
+    torch.manual_seed(3)
+    plain = gradients(layer(a, b), [a, b, *layer.parameters()])
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(layer, a, b, use_reentrant=False)
+    for found, wanted in zip(gradients(out, [a, b, *layer.parameters()]), plain, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_autocast_runs_every_plan_in_bfloat16_near_float32(plan):
+    layer = make_layer(plan, dtype=torch.float32)
+    a, b = make_inputs(dtype=torch.float32)
+    for mask in MASKS:
+        masks = make_masks(mask, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(a, b, **masks)
+            prepared = layer.prepare(b, context_mask=masks.get("context_mask"))
+            again = layer.attend(a, prepared, attn_mask=masks.get("attn_mask"))
+        assert out.dtype == torch.bfloat16 and torch.equal(out, again)
+        expected, _ = specification(layer, a, b, **masks)
+        assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+        out.sum().backward()
+
+
+def test_a_layer_moves_to_another_dtype_and_state_dict_names_are_the_four_projections():
+    layer = CrossAttention(8, 12, heads=2).double()
+    assert layer(torch.randn(1, 2, 8).double(), torch.randn(1, 3, 12).double()).dtype == torch.float64
+    names = {f"{p}_proj.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")}
+    assert set(layer.state_dict()) == names
+
+
+def test_bias_can_be_named_for_each_projection():
+    layer = CrossAttention(8, heads=2, bias=("q_proj", "out_proj"))
+    assert [getattr(layer, p).bias is not None for p in ("q_proj", "k_proj", "v_proj", "out_proj")] == [True, False, False, True]
+
+
+# --------------------------------------------------------------------------------------------------- plans
+
+
+def test_plan_for_prints_every_plan_with_its_cost_and_the_choice():
+    layer = CrossAttention(384, 384, heads=6)
+    choice = layer.plan_for((8, 1, 384), (8, 401, 384))
+    text = str(choice)
+    assert choice.plan.scores == choice.plan.values == "context"
+    assert "chosen: context+context" in text and "times as fast as the textbook" in text and "weight absorption" in text
+    for plan in CANDIDATES:
+        assert f"{plan.scores}+{plan.values} ({plan.kernel})" in text
+    assert choice.as_dict()["plan"] == {"scores": "context", "values": "context", "kernel": choice.plan.kernel}
+
+
+def test_forward_runs_the_plan_that_plan_for_names(monkeypatch):
+    layer = CrossAttention(96, 64, heads=4)
+    seen = []
+    original = CrossAttention._prepare
+    monkeypatch.setattr(
+        CrossAttention,
+        "_prepare",
+        lambda self, b, m, p, plan, stamped: (seen.append(plan), original(self, b, m, p, plan, stamped=stamped))[1],
+    )
+    for n, m in ((1, 900), (50, 60), (2000, 3)):
+        layer(torch.randn(2, n, 96), torch.randn(2, m, 64))
+        assert seen[-1] == layer.plan_for((2, n, 96), (2, m, 64)).plan
+    assert len(set(seen)) >= 2
+
+
+def test_a_pinned_plan_is_run_and_named():
+    layer = CrossAttention(8, heads=2, plan=Plan("query", "context"))
+    assert layer.plan_for((1, 2, 8), (1, 3, 8)).why == "given to the layer"
+    assert layer.prepare(torch.randn(1, 3, 8)).plan == Plan("query", "context")
+
+
+def test_fix_plan_pins_the_choice_and_auto_frees_it():
+    layer = CrossAttention(64, heads=4)
+    plan = layer.fix_plan(query_length=1, context_length=4000)
+    assert plan.scores == "context" and layer.plan == plan
+    assert layer.prepare(torch.randn(1, 3, 64)).plan == plan
+    layer.plan = "auto"
+    assert layer.prepare(torch.randn(1, 3, 64)).plan == TEXTBOOK
+
+
+def test_a_projection_that_is_no_plain_linear_forbids_absorbing_it():
+    class LowRank(nn.Linear):
+        pass
+
+    layer = CrossAttention(8, heads=2)
+    layer.k_proj = LowRank(8, 8)
+    choice = layer.plan_for((1, 1, 8), (1, 5000, 8))
+    assert choice.plan.scores != "context"
+    assert "k_proj is a LowRank, not a plain nn.Linear" in str(choice)
+    layer.v_proj.register_forward_hook(lambda *args: None)
+    assert "v_proj has forward hooks" in str(layer.plan_for((1, 1, 8), (1, 5000, 8)))
+    with pytest.raises(PlanError, match=r"plan context\+head is illegal here: k_proj is a LowRank"):
+        layer.plan = Plan("context", "head")
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+def error_of(call, kind=ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_wrong_widths_say_what_was_expected_and_what_came():
+    layer = make_layer()
+    a, b = make_inputs()
+    message = error_of(lambda: layer(torch.randn(Z, N, 64), b))
+    assert "queries have width 64 but this layer was built with query_dim=6" in message and "query_dim=64" in message
+    message = error_of(lambda: layer(a, torch.randn(Z, M, 11)))
+    assert "context has width 11 but this layer was built with context_dim=9" in message
+    message = error_of(lambda: layer.prepare(torch.randn(M, B)))
+    assert "context must be (batch, length, 9), got shape (7, 9)" in message and "context[None]" in message
+    assert "got shape (6,)" in error_of(lambda: layer(torch.randn(A), b))
+
+
+def test_wrong_batches_say_both():
+    layer = make_layer()
+    a, b = make_inputs()
+    message = error_of(lambda: layer(a[:1].repeat(5, 1, 1), b))
+    assert "queries have batch 5 but the context has batch 2" in message and "(batch, repeats, length, width)" in message
+    message = error_of(lambda: layer.attend(a[:1], layer.prepare(b)))
+    assert "queries have batch 1 but the context has batch 2" in message
+
+
+def test_wrong_dtypes_say_both():
+    layer = make_layer()
+    a, b = make_inputs()
+    assert "queries are torch.float32 but the layer's weights are torch.float64" in error_of(lambda: layer(a.float(), b))
+    assert "context are torch.float32" in error_of(lambda: layer(a, b.float()))
+
+
+def test_wrong_masks_say_shape_and_dtype():
+    layer = make_layer()
+    a, b = make_inputs()
+    message = error_of(lambda: layer(a, b, context_mask=torch.ones(Z, M + 1, dtype=torch.bool)))
+    assert "context_mask must have shape (batch, context length) = (2, 7), got (2, 8)" in message
+    message = error_of(lambda: layer(a, b, context_mask=torch.ones(Z, M)), TypeError)
+    assert "context_mask must be bool" in message and "torch.float32" in message and "mask.bool()" in message
+    message = error_of(lambda: layer(a, b, attn_mask=torch.ones(N, M, dtype=torch.int64)), TypeError)
+    assert "torch.int64" in message
+    message = error_of(lambda: layer(a, b, attn_mask=torch.ones(Z, N, M, dtype=torch.bool)))
+    assert "(2, 5, 7) does not broadcast to (batch, heads, queries, context) = (2, 4, 5, 7)" in message
+    message = error_of(lambda: layer(a, b, context_mask=[True]), TypeError)
+    assert "list" in message
+
+
+def test_nan_and_infinity_in_a_mask_are_named_with_their_place():
+    layer = make_layer()
+    a, b = make_inputs()
+    mask = torch.zeros(N, M, dtype=torch.float64)
+    mask[2, 3] = torch.nan
+    assert "1 NaN, the first at [2, 3]" in error_of(lambda: layer(a, b, attn_mask=mask))
+    mask[2, 3] = torch.inf
+    assert "+inf at index [2, 3]" in error_of(lambda: layer(a, b, attn_mask=mask))
+
+
+def test_a_mask_with_an_already_prepared_context_is_refused():
+    layer = make_layer()
+    a, b = make_inputs()
+    prepared = layer.prepare(b)
+    message = error_of(lambda: layer.attend(a, prepared, context_mask=torch.ones(Z, M, dtype=torch.bool)))
+    assert "context_mask belongs to the prepared context" in message and "prepare(b, context_mask=...)" in message
+
+
+def test_a_prepared_context_of_another_layer_is_refused():
+    layer, other = make_layer(), make_layer()
+    a, b = make_inputs()
+    assert "made by another layer" in error_of(lambda: layer.attend(a, other.prepare(b)))
+    assert "expects what this layer's prepare returned, got Tensor" in error_of(lambda: layer.attend(a, b), TypeError)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw fused", "in place", "data", "load", "move"])
+def test_a_prepared_context_of_earlier_weights_is_refused(optimizer):
+    layer = make_layer("textbook")
+    a, b = make_inputs()
+    prepared = layer.prepare(b)
+    layer.attend(a, prepared).sum().backward()
+    if optimizer == "sgd":
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+    elif optimizer == "adamw fused":
+        torch.optim.AdamW(layer.parameters(), 0.1, fused=True).step()
+    elif optimizer == "in place":
+        with torch.no_grad():
+            layer.k_proj.weight.mul_(2)
+            layer.v_proj.weight.mul_(2)
+    elif optimizer == "data":
+        layer.k_proj.weight.data = layer.k_proj.weight.data * 2
+        layer.v_proj.weight.data = layer.v_proj.weight.data * 2
+    elif optimizer == "load":
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    else:
+        layer.float()
+        a = a.float()
+    message = error_of(lambda: layer.attend(a, prepared))
+    assert (
+        "out of date" in message
+        and "k_proj.weight" in message
+        and "v_proj.weight" in message
+        and "call prepare(b) again" in message
+    )
+
+
+def test_weights_that_a_prepared_context_does_not_depend_on_may_change():
+    layer = make_layer("textbook")
+    a, b = make_inputs()
+    prepared = layer.prepare(b)
+    with torch.no_grad():
+        layer.q_proj.weight.mul_(2)
+        layer.out_proj.weight.mul_(2)
+    assert_close(layer.attend(a, prepared), layer(a, b))
+
+
+def test_a_context_that_is_kept_and_then_edited_is_refused():
+    layer = make_layer(Plan("context", "context"))
+    a, b = make_inputs()
+    b = b.detach()
+    prepared = layer.prepare(b)
+    b[0, 0] += 1
+    assert "out of date: context changed" in error_of(lambda: layer.attend(a, prepared))
+
+
+def test_a_copied_layer_does_not_take_the_original_s_prepared_context():
+    layer = make_layer()
+    a, b = make_inputs()
+    prepared = layer.prepare(b)
+    assert "out of date" in error_of(lambda: copy.deepcopy(layer).attend(a, prepared))
+
+
+def test_heads_that_do_not_divide_say_so():
+    assert "query_dim=10 and heads=4" in error_of(lambda: CrossAttention(10, heads=4))
+    assert "kv_heads=3 and heads=4" in error_of(lambda: CrossAttention(8, heads=4, kv_heads=3))
+    assert CrossAttention(10, heads=4, head_dim=3)(torch.randn(1, 2, 10), torch.randn(1, 3, 10)).shape == (1, 2, 10)
+
+
+def test_constructor_arguments_are_checked_by_value():
+    assert "heads must be at least 1, got 0" in error_of(lambda: CrossAttention(8, heads=0))
+    assert "context_dim must be at least 1, got -3" in error_of(lambda: CrossAttention(8, -3))
+    assert "query_dim must be an integer, got float 8.0" in error_of(lambda: CrossAttention(8.0), TypeError)
+    assert "dropout must be in [0, 1), got 1.0" in error_of(lambda: CrossAttention(8, dropout=1.0))
+    assert "got 'best'" in error_of(lambda: CrossAttention(8, plan="best"))
+    assert "got tuple" in error_of(lambda: CrossAttention(8, plan=("head", "head")), TypeError)
+    assert "bias names key" in error_of(lambda: CrossAttention(8, bias=("key",)))
+    assert "positions must be a PositionPart" in error_of(lambda: CrossAttention(8, positions=nn.Linear(2, 2)), TypeError)
+    assert "uses must be a positive number of uses, got 0" in error_of(lambda: make_layer().prepare(make_inputs()[1], uses=0))
+
+
+def test_positions_without_a_position_part_are_refused():
+    layer = make_layer()
+    a, b = make_inputs()
+    message = error_of(lambda: layer(a, b, query_positions=torch.arange(N)))
+    assert "query_positions were passed but the layer has no position part" in message
+
+
+def test_the_printed_layer_shows_its_sizes():
+    text = repr(make_layer(kv_heads=2))
+    for part in (
+        "query_dim=6",
+        "context_dim=9",
+        f"heads={H}",
+        f"head_dim={K}",
+        f"value_head_dim={V}",
+        "kv_heads=2",
+        f"out_dim={O}",
+    ):
+        assert part in text
+
+
+def test_a_prepared_context_is_a_frozen_value():
+    prepared = make_layer().prepare(make_inputs()[1])
+    assert isinstance(prepared, PreparedContext) and prepared.context_length == M
+    with pytest.raises(AttributeError):
+        prepared.keys = None
+    assert TOLERANCES

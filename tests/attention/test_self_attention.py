@@ -1,0 +1,95 @@
+"""Self-attention: it is cross-attention of a sequence with itself, causal where asked, the same step by step."""
+
+import pytest
+import torch
+
+from crossattention import CrossAttention, SelfAttention
+from tolerances import assert_close
+
+Z, N, D = 2, 6, 12
+
+
+def make(**settings):
+    layer = SelfAttention(D, heads=4, head_dim=5, value_head_dim=3, kv_heads=2, dtype=torch.float64, **settings)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return layer
+
+
+def crossed(layer):
+    cross = CrossAttention(D, heads=4, head_dim=5, value_head_dim=3, kv_heads=2, dtype=torch.float64)
+    cross.load_state_dict(layer.state_dict())
+    return cross
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pairs", ["none", "bool", "float"])
+def test_it_equals_cross_attention_of_a_sequence_with_itself(causal, pairs):
+    layer = make(causal=causal)
+    x = torch.randn(Z, N, D, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(Z, N) > 0.3
+    attn_mask = {"none": None, "bool": torch.rand(4, N, N) > 0.2, "float": torch.randn(N, N, dtype=torch.float64)}[pairs]
+    full = torch.ones(N, N, dtype=torch.bool).tril() if causal else torch.ones(N, N, dtype=torch.bool)
+    if attn_mask is not None:
+        full = full & attn_mask if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~full, -torch.inf)
+    found, wanted = layer(x, mask=mask, attn_mask=attn_mask), crossed(layer)(x, x, context_mask=mask, attn_mask=full)
+    assert_close(found, wanted)
+    direction = torch.randn_like(found)
+    assert_close(torch.autograd.grad((found * direction).sum(), x)[0], torch.autograd.grad((wanted * direction).sum(), x)[0])
+
+
+def test_steps_of_any_length_equal_the_whole_and_leave_the_cache_as_it_was():
+    layer = make(causal=True)
+    x = torch.randn(Z, N, D, dtype=torch.float64)
+    for cuts in ([1] * N, [2, 3, 1], [N], [0, N]):
+        cache, rows = None, []
+        for piece in x.split(cuts, 1):
+            before = None if cache is None else cache.keys.clone()
+            out, longer = layer.step(piece, cache)
+            assert cache is None or torch.equal(cache.keys, before)
+            rows.append(out)
+            cache = longer
+        assert cache.length == N
+        assert_close(torch.cat(rows, 1), layer(x))
+
+
+def test_a_selected_cache_follows_the_surviving_rows():
+    layer = make(causal=True)
+    x = torch.randn(Z, N, D, dtype=torch.float64)
+    _, cache = layer.step(x[:, :4])
+    rows = torch.tensor([1, 1, 0])
+    out, _ = layer.step(x[rows, 4:], cache.select(rows))
+    assert_close(out, layer(x)[rows, 4:])
+
+
+def test_a_causal_layer_never_looks_ahead():
+    layer = make(causal=True)
+    x = torch.randn(Z, N, D, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 3:] += 1
+    assert torch.equal(layer(x)[:, :3], layer(changed)[:, :3]) and not torch.equal(layer(x)[:, 3:], layer(changed)[:, 3:])
+
+
+def test_a_wholly_masked_sequence_gives_the_output_bias_and_an_empty_one_nothing():
+    layer = make()
+    x = torch.randn(Z, N, D, dtype=torch.float64)
+    mask = torch.ones(Z, N, dtype=torch.bool)
+    mask[0] = False
+    assert torch.equal(layer(x, mask=mask)[0], layer.out_proj.bias.expand(N, D))
+    assert layer(x[:, :0]).shape == (Z, 0, D)
+
+
+def test_errors_name_what_came():
+    with pytest.raises(ValueError, match=r"step needs SelfAttention\(causal=True\)"):
+        make().step(torch.randn(Z, 1, D, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"\(batch, length, 12\).*got shape \(2, 6, 13\)"):
+        make()(torch.randn(Z, N, 13, dtype=torch.float64))
+    layer = make(causal=True)
+    _, cache = layer.step(torch.randn(Z, 2, D, dtype=torch.float64))
+    with pytest.raises(ValueError, match="x has batch 3 but the cache has batch 2"):
+        layer.step(torch.randn(3, 1, D, dtype=torch.float64), cache)
+    with pytest.raises(ValueError, match="torch.float32 but the layer's weights are torch.float64"):
+        layer(torch.randn(Z, N, D))
+    with pytest.raises(ValueError, match="query_dim=10 and heads=4"):
+        SelfAttention(10, heads=4)

@@ -1,0 +1,66 @@
+"""The full map equals the specification's weights, for every plan, mask and way of passing queries."""
+
+import pytest
+import torch
+from torch import nn
+
+from crossattention import attention_map
+from crossattention.plan import CANDIDATES
+from oracle import MASKS, A, B, H, M, N, Z, make_inputs, make_layer, make_masks, specification
+from tolerances import assert_close
+
+
+@pytest.mark.parametrize("plan", [*CANDIDATES, "auto"], ids=str)
+def test_the_map_equals_the_specification_s_weights(plan):
+    layer = make_layer(plan, kv_heads=2)
+    a, b = make_inputs()
+    for mask in MASKS:
+        masks = make_masks(mask)
+        expected = specification(layer, a, b, **masks)[1]
+        assert_close(attention_map(layer, a, b, **masks), expected)
+        prepared = layer.prepare(b, context_mask=masks.get("context_mask"))
+        assert_close(attention_map(layer, a, prepared, attn_mask=masks.get("attn_mask")), expected)
+
+
+def test_rows_sum_to_one_or_to_zero_where_nothing_may_be_attended():
+    layer = make_layer()
+    a, b = make_inputs()
+    mask = torch.ones(Z, M, dtype=torch.bool)
+    mask[0] = False
+    sums = attention_map(layer, a, b, context_mask=mask).sum(-1)
+    assert not sums[0].any() and torch.allclose(sums[1], torch.ones(H, N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=str)
+def test_learned_and_shared_queries_have_maps_too(plan):
+    layer = make_layer(plan)
+    learned, (_, b) = torch.randn(N, A, dtype=torch.float64), make_inputs()
+    assert_close(attention_map(layer, learned, b), specification(layer, learned.expand(Z, N, A), b)[1])
+    many = torch.randn(Z, 3, N, A, dtype=torch.float64)
+    found = attention_map(layer, many, b)
+    assert found.shape == (Z, 3, H, N, M)
+    for r in range(3):
+        assert_close(found[:, r], specification(layer, many[:, r], b)[1])
+
+
+def test_a_map_never_drops_weights_and_leaves_the_layer_alone():
+    layer = make_layer(dropout=0.5).train()
+    a, b = make_inputs()
+    assert_close(attention_map(layer, a, b), specification(layer, a, b)[1])
+    assert layer.training
+
+
+def test_an_empty_context_has_an_empty_map():
+    a, b = make_inputs(m=0)
+    assert attention_map(make_layer(), a, b).shape == (Z, H, N, 0)
+
+
+def test_bad_calls_are_refused():
+    layer = make_layer()
+    a, b = make_inputs()
+    with pytest.raises(ValueError, match="context_mask belongs to the prepared context"):
+        attention_map(layer, a, layer.prepare(b), context_mask=torch.ones(Z, M, dtype=torch.bool))
+    with pytest.raises(TypeError, match="expects a CrossAttention, got Linear"):
+        attention_map(nn.Linear(A, B), a, b)
+    with pytest.raises(ValueError, match="context has width 3"):
+        attention_map(layer, a, torch.randn(Z, M, 3, dtype=torch.float64))
