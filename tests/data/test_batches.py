@@ -16,9 +16,7 @@ def examples(count, seed=0):
 
 def equal(first, second):
     names = ("source_ids", "source_mask", "target_ids", "labels")
-    return first.indices == second.indices and all(
-        torch.equal(getattr(first, name), getattr(second, name)) for name in names
-    )
+    return first.indices == second.indices and all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 @pytest.mark.parametrize("budget", [30, 200, 100_000])

@@ -76,8 +76,19 @@ def test_a_long_alphabet_is_not_listed_whole():
 def test_a_word_never_seen_is_unknown_unless_strict():
     assert WordTokenizer(["a", "b"]).encode("a x b") == [4, UNKNOWN, 5]
     assert WordTokenizer(["a", "b"]).decode([4, UNKNOWN, 5]) == "a \ufffd b"
+    assert WordTokenizer(["a", "b"]).encode("a \ufffd b") == [4, UNKNOWN, 5]
     with pytest.raises(UnknownSymbol, match=r"symbol 'x', word 2 of 'a x b'.*known symbols: a b"):
         WordTokenizer(["a", "b"], strict=True).encode("a x b")
+
+
+@pytest.mark.parametrize("kind", ["characters", "bpe", "strict words"])
+def test_where_every_symbol_is_known_an_unknown_one_is_left_out(kind):
+    tokenizer = WordTokenizer(["the", "cat"], strict=True) if kind == "strict words" else built(kind)
+    first, second = tokenizer.encode("the"), tokenizer.encode("cat")
+    assert tokenizer.decode([*first, UNKNOWN, *second]).replace(" ", "") == "thecat"
+    assert len(tokenizer.tokens([UNKNOWN, *first])) == len(first)
+    with pytest.raises(ValueError, match=rf"ids from 0 to {tokenizer.size - 1}, got {tokenizer.size}"):
+        tokenizer.decode([tokenizer.size])
 
 
 def test_the_most_frequent_words_are_kept():

@@ -13,9 +13,7 @@ def slow_distance(first, second):
         return len(first) + len(second)
     if first[0] == second[0]:
         return slow_distance(first[1:], second[1:])
-    return 1 + min(
-        slow_distance(first[1:], second), slow_distance(first, second[1:]), slow_distance(first[1:], second[1:])
-    )
+    return 1 + min(slow_distance(first[1:], second), slow_distance(first, second[1:]), slow_distance(first[1:], second[1:]))
 
 
 def test_edit_distance_equals_its_definition():

@@ -18,7 +18,7 @@ FIRST_ID = 4
 """The first id that stands for text."""
 
 REPLACEMENT = "\ufffd"
-"""How UNKNOWN is written where ids become text: Unicode's replacement character."""
+"""How UNKNOWN is written where ids become words: Unicode's replacement character."""
 
 TokenizerKind = Literal["characters", "words", "bpe"]
 
@@ -36,8 +36,8 @@ class Tokenizer(Protocol):
     """What turns text into ids and back.
 
     `kind` names the class in JSON, `size` counts all ids with the four special ones. `encode` adds no BEGIN or END;
-    `decode` leaves PAD, BEGIN and END out and writes UNKNOWN as U+FFFD. `tokens` gives the text of each id, for the
-    rows and columns of an attention map.
+    `decode` leaves PAD, BEGIN and END out; UNKNOWN is U+FFFD (encoded as UNKNOWN again) where it stands for some text,
+    else left out too. `tokens` gives the text of each id, for the rows and columns of an attention map.
     """
 
     kind: TokenizerKind
@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
     @property
     def size(self) -> int:
         """The number of ids, the four special ones included."""
+        ...
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether UNKNOWN stands for some text: for words that training never saw."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -67,8 +72,9 @@ class Tokenizer(Protocol):
 class _Table:
     """Symbols and their ids, both ways: what characters and words share."""
 
-    def __init__(self, symbols: Sequence[str]) -> None:
+    def __init__(self, symbols: Sequence[str], *, is_open: bool = False) -> None:
         self.symbols = tuple(symbols)
+        self.is_open = is_open
         self.ids = {symbol: FIRST_ID + index for index, symbol in enumerate(self.symbols)}
         if len(self.ids) != len(self.symbols):
             twice = sorted(symbol for symbol, count in Counter(self.symbols).items() if count > 1)
@@ -84,10 +90,10 @@ class _Table:
         for number in ids:
             if not 0 <= number < self.size:
                 raise ValueError(f"expected ids from 0 to {self.size - 1}, got {number}; it is of another vocabulary")
-            if number == UNKNOWN:
-                found.append(REPLACEMENT)
-            elif number >= FIRST_ID:
+            if number >= FIRST_ID:
                 found.append(self.symbols[number - FIRST_ID])
+            elif number == UNKNOWN and self.is_open:
+                found.append(REPLACEMENT)
         return found
 
     def known(self) -> str:
@@ -123,6 +129,11 @@ class CharacterTokenizer:
     def symbols(self) -> tuple[str, ...]:
         """The characters, in the order of their ids."""
         return self._table.symbols
+
+    @property
+    def has_unknown(self) -> bool:
+        """False: every text that can be encoded is known."""
+        return False
 
     @property
     def size(self) -> int:
@@ -176,7 +187,7 @@ class WordTokenizer:
     kind: TokenizerKind = "words"
 
     def __init__(self, words: Sequence[str], *, strict: bool = False) -> None:
-        self._table = _Table(words)
+        self._table = _Table(words, is_open=not strict)
         self.strict = strict
         broken = [word for word in self._table.symbols if word.split() != [word]]
         if broken:
@@ -186,6 +197,11 @@ class WordTokenizer:
     def symbols(self) -> tuple[str, ...]:
         """The words, in the order of their ids."""
         return self._table.symbols
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether UNKNOWN stands for some text: not where the words are `strict`."""
+        return not self.strict
 
     @property
     def size(self) -> int:
@@ -266,6 +282,11 @@ class BPETokenizer:
         return cls(json.loads(inner.to_str()))
 
     @property
+    def has_unknown(self) -> bool:
+        """False: every text that can be encoded is known."""
+        return False
+
+    @property
     def size(self) -> int:
         """The number of ids, the four special ones included; less than asked for where the texts had fewer merges."""
         return FIRST_ID + self._inner.get_vocab_size()
@@ -287,16 +308,14 @@ class BPETokenizer:
         return {"kind": self.kind, "definition": self._definition}
 
     def _inner_ids(self, ids: Iterable[int]) -> list[int]:
-        ids = [number for number in ids if number not in (PAD, BEGIN, END)]
-        wrong = [number for number in ids if not FIRST_ID <= number < self.size]
+        ids = list(ids)
+        wrong = [number for number in ids if not 0 <= number < self.size]
         if wrong:
-            raise ValueError(f"expected ids from {FIRST_ID} to {self.size - 1}, got {wrong[:5]}; of another vocabulary")
-        return [number - FIRST_ID for number in ids]
+            raise ValueError(f"expected ids from 0 to {self.size - 1}, got {wrong[0]}; it is of another vocabulary")
+        return [number - FIRST_ID for number in ids if number >= FIRST_ID]
 
 
-def build_tokenizer(
-    kind: TokenizerKind, texts: Iterable[str], *, size: int | None = None, strict: bool = False
-) -> Tokenizer:
+def build_tokenizer(kind: TokenizerKind, texts: Iterable[str], *, size: int | None = None, strict: bool = False) -> Tokenizer:
     """Make the tokenizer of some training texts.
 
     Args:

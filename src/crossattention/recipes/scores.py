@@ -112,9 +112,7 @@ def check_text_metrics(metrics: Sequence[TextMetric]) -> None:
             _jiwer()
 
 
-def score_texts(
-    predictions: Sequence[str], references: Sequence[str], metrics: Sequence[TextMetric]
-) -> dict[str, float]:
+def score_texts(predictions: Sequence[str], references: Sequence[str], metrics: Sequence[TextMetric]) -> dict[str, float]:
     """Score one predicted text an item against its reference.
 
     Args:
@@ -166,9 +164,7 @@ def _sacrebleu() -> Any:
     try:
         import sacrebleu
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "BLEU and chrF need sacrebleu; install it with: pip install 'crossattention[data]'"
-        ) from error
+        raise ModuleNotFoundError("BLEU and chrF need sacrebleu; install it with: pip install 'crossattention[data]'") from error
     return sacrebleu
 
 
@@ -176,7 +172,5 @@ def _jiwer() -> Any:
     try:
         import jiwer
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "CER and WER need jiwer; install it with: pip install 'crossattention[data]'"
-        ) from error
+        raise ModuleNotFoundError("CER and WER need jiwer; install it with: pip install 'crossattention[data]'") from error
     return jiwer

@@ -1,0 +1,227 @@
+"""A trained model with its two vocabularies: texts in, predicted texts with scores and alignments out.
+
+What lives here: everything between strings and the Transformer's ids once a model exists. What does not: training
+(`pair_task`), scores (`scores`), files (`run`).
+Letters: z batch, n target length, m source length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossattention.data.vocabulary import BEGIN, PAD, UNKNOWN, Tokenizer, UnknownSymbol
+from crossattention.maps import attention_map
+from crossattention.models.generate import Hypothesis, beam_search, greedy
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One predicted text.
+
+    Args:
+        text: what was predicted.
+        score: by which several are ranked: the log-probability, normalised for length; comparable between the
+            predictions of one text only.
+        log_probability: natural logarithm of the model's probability of exactly this text.
+        is_finished: the model ended it; where not, it was cut at the length limit.
+        ipa: the same in the International Phonetic Alphabet, where the text is phonemes.
+    """
+
+    text: str
+    score: float
+    log_probability: float
+    is_finished: bool
+    ipa: str | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What each predicted token read of the source.
+
+    Args:
+        rows: the predicted tokens.
+        columns: the source's tokens.
+        weights: rows x columns, each row summing to 1.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    weights: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A model and what turns its ids into text.
+
+    Args:
+        model: a `Transformer`, on any device.
+        source: the tokenizer of what it reads.
+        target: the tokenizer of what it writes.
+        max_length: the most tokens of a prediction.
+    """
+
+    model: Any
+    source: Tokenizer
+    target: Tokenizer
+    max_length: int
+
+    def predict(
+        self, texts: Iterable[str], *, beams: int = 4, num_hypotheses: int = 1, batch_size: int = 32
+    ) -> Iterator[list[Prediction]]:
+        """Predict texts one batch after another, as they come.
+
+        Args:
+            texts: any iterable, also an endless one; `batch_size` texts are taken before the first is answered.
+            beams: width of the beam search; 1 is greedy.
+            num_hypotheses: the most predictions a text, all different, best first; at most `beams`.
+            batch_size: texts that are computed together; 1 answers each before the next is taken.
+
+        Returns:
+            An iterator with one list of predictions a text, in their order.
+
+        Raises:
+            ValueError: beams, num_hypotheses or batch_size out of range; while iterating: an empty text.
+            UnknownSymbol: while iterating, after the predictions of all texts before it: a text has a symbol that was
+                never seen in training.
+        """
+        if beams < 1 or batch_size < 1:
+            raise ValueError(f"expected beams and batch_size of at least 1, got beams={beams}, batch_size={batch_size}")
+        if not 1 <= num_hypotheses <= beams:
+            raise ValueError(f"expected 1 to {beams} hypotheses, the number of beams, got {num_hypotheses}; raise beams as well")
+        return self._predict_lazily(texts, beams, num_hypotheses, batch_size)
+
+    def predict_all(self, texts: Sequence[str], *, beams: int = 1, batch_size: int = 256) -> list[Prediction]:
+        """The best prediction of each text, computed in the order of their lengths and given in their own.
+
+        A text with a symbol never seen in training is answered by an empty, unfinished prediction: a test set is
+        scored whole.
+        """
+        encoded = [self._encoded_or_none(text) for text in texts]
+        readable = [index for index, ids in enumerate(encoded) if ids is not None]
+        readable.sort(key=lambda index: len(encoded[index] or ()))
+        answers = [Prediction("", float("-inf"), float("-inf"), is_finished=False)] * len(texts)
+        with _evaluating(self.model):
+            for begin in range(0, len(readable), batch_size):
+                rows = readable[begin : begin + batch_size]
+                found = self._search([encoded[index] or [] for index in rows], beams, 1)
+                for index, hypotheses in zip(rows, found, strict=True):
+                    answers[index] = self._prediction(hypotheses[0])
+        return answers
+
+    def align(self, text: str, predicted: str) -> Alignment:
+        """What each token of a prediction read of the text: the mean over the heads and layers of cross-attention.
+
+        Args:
+            text: what the model read.
+            predicted: a text of the target side, such as `predict` gave.
+
+        Returns:
+            One row a token of `predicted`, one column a token of `text`.
+
+        Raises:
+            UnknownSymbol: a symbol that was never seen in training.
+        """
+        source_ids = self._encode(text)
+        target_ids = self.target.encode(predicted)
+        maps = self._cross_attention_maps(source_ids, [BEGIN, *target_ids])
+        weights = maps.mean(dim=(0, 1))[: len(target_ids)]
+        rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]
+        return Alignment(self.target.tokens(target_ids), self.source.tokens(source_ids), rounded)
+
+    def _cross_attention_maps(self, source_ids: list[int], decoder_ids: list[int]) -> Tensor:
+        """The weights of every layer's cross-attention, (layers, heads, n, m)."""
+        seen: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = []
+        layers = [layer.cross_attention for layer in self.model.decoder.layers]
+        hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
+        try:
+            with _evaluating(self.model):
+                self.model(self._tensor([source_ids]), self._tensor([decoder_ids]))
+                return torch.stack([attention_map(layer, *args, **kwargs)[0] for layer, args, kwargs in seen])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _predict_lazily(self, texts: Iterable[str], beams: int, num_hypotheses: int, batch_size: int) -> Iterator[list[Prediction]]:
+        for batch, fault in self._encoded_batches(texts, batch_size):
+            if batch:
+                with _evaluating(self.model):
+                    # All that were found, where several are wanted, since some may be the same text.
+                    found = self._search(batch, beams, 1 if num_hypotheses == 1 else beams)
+                for hypotheses in found:
+                    yield self._different(hypotheses)[:num_hypotheses]
+            if fault is not None:
+                raise fault
+
+    def _encoded_batches(self, texts: Iterable[str], batch_size: int) -> Iterator[tuple[list[list[int]], ValueError | None]]:
+        """Encoded texts in batches; a fault comes with the texts before it, so that those are answered first."""
+        batch: list[list[int]] = []
+        for text in texts:
+            try:
+                batch.append(self._encode(text))
+            except ValueError as fault:
+                yield batch, fault
+                return
+            if len(batch) == batch_size:
+                yield batch, None
+                batch = []
+        yield batch, None
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.source.encode(text)
+        if not ids:
+            raise ValueError(f"expected a text to read, got an empty one: {text!r}")
+        return ids
+
+    def _encoded_or_none(self, text: str) -> list[int] | None:
+        try:
+            return self._encode(text)
+        except UnknownSymbol:
+            return None
+
+    def _search(self, sources: list[list[int]], beams: int, num_hypotheses: int) -> list[list[Hypothesis]]:
+        width = max(map(len, sources))
+        source_ids = self._tensor([ids + [PAD] * (width - len(ids)) for ids in sources])
+        source_mask = self._tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources]).bool()
+        if beams == 1:
+            return [[found] for found in greedy(self.model, source_ids, source_mask, max_length=self.max_length)]
+        return beam_search(
+            self.model,
+            source_ids,
+            source_mask,
+            beams=beams,
+            max_length=self.max_length,
+            num_hypotheses=num_hypotheses,
+        )
+
+    def _different(self, hypotheses: list[Hypothesis]) -> list[Prediction]:
+        """Predictions that differ as texts and hold no UNKNOWN that stands for nothing; at least the best."""
+        by_text: dict[str, Prediction] = {}
+        for hypothesis in hypotheses:
+            if self.target.has_unknown or UNKNOWN not in hypothesis.ids:
+                prediction = self._prediction(hypothesis)
+                by_text.setdefault(prediction.text, prediction)
+        return list(by_text.values()) or [self._prediction(hypotheses[0])]
+
+    def _prediction(self, found: Hypothesis) -> Prediction:
+        return Prediction(self.target.decode(found.ids), found.score, found.log_probability, found.is_finished)
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
