@@ -53,6 +53,15 @@ def test_transposed_tensors_and_views_of_one_memory_come_back_with_their_values(
     assert_same(read_safetensors(tmp_path / "a.safetensors"), tensors)
 
 
+def test_what_was_read_does_not_change_with_the_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, some_tensors())
+    read = read_safetensors(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    path.write_bytes(b"")
+    assert_same(read, some_tensors())
+
+
 def test_tied_weights_are_stored_once_and_read_under_every_name(tmp_path):
     shared = torch.randn(100, 100)
     write_safetensors(tmp_path / "a.safetensors", {"embedding": shared, "output": shared, "again": shared.view(100, 100)})

@@ -53,8 +53,8 @@ class ToyTask:
     metric = "error"
     steps_per_epoch = 8
 
-    def __init__(self, *, delay=0.0, evaluation_delay=0.0, bad_step=None):
-        self.delay, self.evaluation_delay, self.bad_step = delay, evaluation_delay, bad_step
+    def __init__(self, *, delay=0.0, evaluation_delay=0.0, bad_step=None, sleep=time.sleep):
+        self.delay, self.evaluation_delay, self.bad_step, self.sleep = delay, evaluation_delay, bad_step, sleep
         generator = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(64, 6, generator=generator)
         self.labels = self.inputs @ torch.arange(1.0, 7.0)
@@ -65,7 +65,7 @@ class ToyTask:
         return ToyModel()
 
     def batch_at(self, step):
-        time.sleep(self.delay)
+        self.sleep(self.delay)
         self.batches.append(step)
         generator = torch.Generator().manual_seed(1000 + step // self.steps_per_epoch)
         order = torch.randperm(64, generator=generator)
@@ -82,7 +82,7 @@ class ToyTask:
         assert not model.training
         assert not torch.is_grad_enabled()
         self.evaluations += 1
-        time.sleep(self.evaluation_delay)
+        self.sleep(self.evaluation_delay)
         torch.rand(3)  # an evaluation may draw numbers: the training must not notice
         error = (model(self.inputs) - self.labels).square().mean().item()
         return Evaluation({"error": error, "drawn": 1.0}, sample={"first": self.labels[0].item()})

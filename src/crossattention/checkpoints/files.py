@@ -91,9 +91,11 @@ def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu", ve
             f"{path} is damaged: its content does not have the SHA-256 digest written in its header "
             f"({metadata[_DIGEST][:12]}...); it was altered after it was written. Use another copy"
         )
+    # Copied, because the library maps the file: the tensors would change, or end the process, with the file.
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     for name, first in json.loads(metadata.get(_ALIASES, "{}")).items():
         tensors[name] = tensors[first]
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

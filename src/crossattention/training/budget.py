@@ -24,7 +24,7 @@ def evaluation_steps(total_steps: int, *, evaluations: int, evaluate_every: int 
 
     Example:
         >>> evaluation_steps(1000, evaluations=5)
-        (30, 272, 515, 758, 1000)
+        (30, 272, 515, 757, 1000)
         >>> evaluation_steps(10, evaluations=5, evaluate_every=4)
         (4, 8, 10)
     """

@@ -83,7 +83,7 @@ class TrainConfig:
         if len(given) != 1:
             came = " and ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
             raise ValueError(f"give exactly one of minutes, steps and epochs; got {came}")
-        for name in (*given, "learning_rate", "checkpoint_minutes", "epsilon", "clip_norm"):
+        for name in ("minutes", "epochs", "learning_rate", "checkpoint_minutes", "epsilon", "clip_norm"):
             self._check_number(name, positive=True)
         for name in ("steps", "evaluate_every", "threads", "evaluations", "log_every", "keep_checkpoints"):
             self._check_count(name, least=1)
@@ -114,7 +114,7 @@ class TrainConfig:
 
     def _check_number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
-        if value is None and name == "clip_norm":
+        if value is None and name in ("minutes", "epochs", "clip_norm"):
             return
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or value < 0 or (positive and value == 0):

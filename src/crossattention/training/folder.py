@@ -157,7 +157,7 @@ class RunFolder:
         try:
             save_state(path, state)
         except OSError as error:
-            raise self._explained(error, f"could not write the checkpoint {path}") from error
+            raise self.explained(error, f"could not write the checkpoint {path}") from error
         return path
 
     def save_best(self, model: nn.Module, description: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
@@ -172,7 +172,7 @@ class RunFolder:
                 write_json(beside / "task.json", dict(description))
                 write_json(beside / "scores.json", dict(scores))
         except OSError as error:
-            raise self._explained(error, f"could not write the best model {self.best}") from error
+            raise self.explained(error, f"could not write the best model {self.best}") from error
 
     def prune(self, *, keep: int, best_step: int | None) -> None:
         """Delete all checkpoints but the newest `keep` and the best one."""
@@ -182,6 +182,16 @@ class RunFolder:
                 doomed = self.checkpoints / f".step-{step:06d}.part"
                 os.rename(self.checkpoint(step), doomed)
                 shutil.rmtree(doomed)
+
+    def explained(self, error: OSError, what: str) -> OSError:
+        """The same error, saying what could not be done and where a resumed run would go on from."""
+        steps = self.saved_steps()
+        rest = (
+            f"{self.checkpoint(steps[-1])} is complete: when this is mended, --resume goes on from there"
+            if steps
+            else "no checkpoint was written before it"
+        )
+        return OSError(error.errno, f"{what}: {error.strerror or error}; {rest}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -228,15 +238,6 @@ class RunFolder:
             names = " and ".join(str(path) for path in damaged)
             return f"The one before it, {whole.name}, is whole: delete {names}, then resume again to go on from there"
         return f"There is no whole checkpoint before it: delete {self.path} and begin again"
-
-    def _explained(self, error: OSError, what: str) -> OSError:
-        steps = self.saved_steps()
-        rest = (
-            f"{self.checkpoint(steps[-1])} is complete: when this is mended, --resume goes on from there"
-            if steps
-            else "no checkpoint was written before it"
-        )
-        return OSError(error.errno, f"{what}: {error.strerror or error}; {rest}")
 
 
 def _content(config: TrainConfig, description: Mapping[str, Any]) -> dict[str, Any]:

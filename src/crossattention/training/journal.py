@@ -1,8 +1,10 @@
 """A run's metrics on the disk: JSON lines always, TensorBoard where it is installed."""
 
+import importlib.util
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,40 +31,61 @@ class Journal:
         if resumed_step is not None and path.exists():
             _truncate(path, resumed_step)
         self._file = open(path, "a", encoding="utf-8")
-        self._writer = _open_tensorboard(tensorboard, resumed_step)
+        self._charts = _open_charts(tensorboard, resumed_step)
 
-    def write(self, event: str, step: int, values: Mapping[str, Any], *, charts: Mapping[str, float] | None = None):
+    def write(self, event: str, step: int, values: Mapping[str, Any], *, charts: Mapping[str, float] | None = None) -> None:
         """Append one line, and one point to each chart ("group/name" -> value)."""
         line = {"event": event, "step": step, **finite(values)}
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in (charts or {}).items():
-                self._writer.add_scalar(name, value, step)
+        if self._charts is not None:
+            self._charts.write(step, charts or {})
 
     def flush(self) -> None:
         """Everything so far is on the disk afterwards."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._writer is not None:
-            self._writer.flush()
+        for file in (self._file, self._charts.file if self._charts is not None else None):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """End the journal; also after an error."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._charts is not None:
+            self._charts.file.close()
 
 
-def _open_tensorboard(folder: Path | None, resumed_step: int | None):
-    if folder is None:
+class _Charts:
+    """TensorBoard's event file, in its own record format.
+
+    Its usual writer does this in a thread, whose errors (a full disk, a removed folder) come late and hide others.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        begun = time.time()
+        self.file = open(folder / f"events.out.tfevents.{begun:.6f}.{os.getpid()}", "ab")
+        self._records, self._event = RecordWriter(self.file), Event
+        self._records.write(Event(wall_time=begun, file_version="brain.Event:2").SerializeToString())
+        if resumed_step is not None:  # TensorBoard then forgets the points from this step on
+            session = SessionLog(status=SessionLog.START)
+            event = Event(wall_time=begun, step=resumed_step + 1, session_log=session)
+            self._records.write(event.SerializeToString())
+
+    def write(self, step: int, charts: Mapping[str, float]) -> None:
+        for name, value in charts.items():
+            event = self._event(wall_time=time.time(), step=step)
+            event.summary.value.add(tag=name, simple_value=value)
+            self._records.write(event.SerializeToString())
+
+
+def _open_charts(folder: Path | None, resumed_step: int | None) -> _Charts | None:
+    if folder is None or importlib.util.find_spec("tensorboard") is None:  # an extra: the lines hold the same numbers
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra: the JSON lines hold the same numbers
-        return None
-    purge_step = None if resumed_step is None else resumed_step + 1
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    return _Charts(folder, resumed_step)
 
 
 def _truncate(path: Path, step: int) -> None:

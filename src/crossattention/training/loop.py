@@ -196,9 +196,9 @@ class _Run:
             if progress.step == progress.total_steps:
                 break
             self._take_step()
+            self._shorten_if_late()
             if progress.step % self.config.log_every == 0:
                 yield self._log_step()
-            self._shorten_if_late()
             if self._agree(time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes):
                 yield self._save()
         if self.saved_key != (progress.step, progress.evaluated_step):
@@ -482,7 +482,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizers, self.model),
             }
-            self.journal.flush()
+            self._flush_journal()
             self.folder.save_checkpoint(State(progress.step, tensors, facts))
             self.folder.prune(keep=self.config.keep_checkpoints, best_step=progress.best_step)
         self.accelerator.wait_for_everyone()
@@ -499,8 +499,18 @@ class _Run:
         raise answer
 
     def _write(self, event: str, values: Mapping[str, Any], charts: Mapping[str, float] | None = None) -> None:
-        if self.journal is not None:
+        if self.journal is None:
+            return
+        try:
             self.journal.write(event, self.progress.step, values, charts=charts)
+        except OSError as error:
+            raise self.folder.explained(error, f"could not write {self.folder.journal_file}") from error
+
+    def _flush_journal(self) -> None:
+        try:
+            self.journal.flush()
+        except OSError as error:
+            raise self.folder.explained(error, f"could not write {self.folder.journal_file}") from error
 
     # ---- several processes
 
