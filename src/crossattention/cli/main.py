@@ -25,9 +25,9 @@ EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-# What a user can mend: a wrong value, a missing or unreadable file, a missing extra. All else is our fault, and its
-# traceback is worth seeing.
-USER_FAULTS = (ValueError, OSError, ImportError)
+# What a user can mend: a wrong value, a missing or unreadable file, a missing extra, a loss that is not finite.
+# All else is our fault, and its traceback is worth seeing.
+USER_FAULTS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +72,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"crossattention {_version()}")
         return EXIT_OK
     if verb not in VERBS:
-        raise ValueError(_unknown("verb", verb, list(VERBS), "crossattention --help"))
+        raise ValueError(unknown("verb", verb, list(VERBS), "crossattention --help"))
     return importlib.import_module(VERBS[verb][0]).run(rest, prog=f"crossattention {verb}")
 
 
-def _unknown(kind: str, word: str, known: list[str], help_command: str) -> str:
+def unknown(kind: str, word: str, known: list[str], help_command: str) -> str:
+    """The sentence for a word that is none of the known ones, with the nearest of them."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
     return f"there is no {kind} {word!r}; {hint} See `{help_command}`."

@@ -11,6 +11,9 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+Level = TypeVar("Level")
 
 SHADES = " ░▒▓█"
 ASCII_SHADES = " .:*#"
@@ -21,25 +24,36 @@ LONGEST_LABEL = 16
 SMALLEST_WIDTH = 24
 
 
-def visible(label: str) -> str:
-    r"""Show a label as it can safely stand in one line of a terminal.
-
-    Control characters, line ends and direction marks become Python escapes, a lone space becomes an open box, and a
-    lone combining mark gets a dotted circle to stand on.
+def escaped(text: str) -> str:
+    r"""Show a text of the data as it can safely stand in one line of a terminal.
 
     Args:
-        label: any text.
+        text: any text.
 
     Returns:
-        The same text without a character that moves the cursor, starts an escape sequence or reverses the line.
+        The same text, with Python escapes for each character that moves the cursor, starts an escape sequence, ends
+        the line or overrides the direction of writing.
 
     Example:
-        >>> visible("[red]x\x1b[2J")
+        >>> escaped("[red]x\x1b[2J")
         '[red]x\\x1b[2J'
+    """
+    return "".join(_escape(char) if _is_unsafe(char) else char for char in text)
+
+
+def visible(label: str) -> str:
+    """Show a label so that it can be seen alone: `escaped`, a space as an open box, a lone accent on a dotted circle.
+
+    Args:
+        label: any text, most often one symbol.
+
+    Example:
+        >>> visible(" ")
+        '␣'
     """
     if label == " ":
         return "␣"
-    shown = "".join(_escaped(char) if _is_unsafe(char) else char for char in label)
+    shown = escaped(label)
     return f"◌{shown}" if shown and unicodedata.combining(shown[0]) else shown
 
 
@@ -55,9 +69,8 @@ def alignment_blocks(
 ) -> str:
     """Draw a cross-attention map in block characters.
 
-    One line for each row, one group of blocks for each column; the darkest block is the largest weight of the whole
-    map, whose value the last line gives. What does not fit is left out at the right and at the bottom, and a line
-    says so.
+    One line for each row, one group of blocks for each column, and the scale: from 0 to the largest weight of the whole
+    map. What does not fit is left out at the right and at the bottom, and a line says so.
 
     Args:
         rows: what reads, one label a row (output symbols); any display width, also combining marks.
@@ -80,7 +93,7 @@ def alignment_blocks(
            p h o
         F  ▓▓▓▓
         OW   ░░██
-        █ = 0.75
+        0 ░▒▓█ 0.75
     """
     _check(rows, columns, weights)
     _check_room(max_width, max_height)
@@ -96,11 +109,14 @@ def alignment_blocks(
     num_rows = _rows_that_fit(len(rows), num_columns < len(columns), max_height)
 
     top = max(max(row) for row in weights)
-    painted = _painter(top, has_colour=has_colour, is_ascii=is_ascii)
+    shades = ASCII_SHADES if is_ascii else SHADES
+    painted = _coloured if has_colour else _shaded
     lines = [" " * margin + "".join(map(_padded, column_labels[:num_columns], widths))]
     for label, row in zip(row_labels[:num_rows], weights, strict=False):
-        lines.append(_padded(label, margin) + painted(row[:num_columns], widths))
-    lines.append(f"{ASCII_SHADES[-1] if is_ascii else SHADES[-1]} = {top:.2f}")
+        shares = [weight / top if top > 0 else 0.0 for weight in row[:num_columns]]
+        lines.append(_padded(label, margin) + painted(shares, widths, shades))
+    steps = [index / (len(HEAT) - 1) for index in range(len(HEAT))] if has_colour else [0.25, 0.5, 0.75, 1.0]
+    lines.append(f"0 {painted(steps, [1] * len(steps), shades)} {top:.2f}")
     if num_columns < len(columns) or num_rows < len(rows):
         lines.append(_clipping_line(num_rows, len(rows), num_columns, len(columns), max_width))
     return "\n".join(line.rstrip(" ") for line in lines)
@@ -153,7 +169,7 @@ def save_alignment(
         if max(_cells(visible(label)) for label in columns) > 3:
             axes.tick_params(axis="x", rotation=60)
         if title:
-            axes.set_title(visible(title), parse_math=False)
+            axes.set_title(escaped(title), parse_math=False)
         figure.colorbar(image, ax=axes, shrink=0.8)
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
@@ -161,11 +177,11 @@ def save_alignment(
 
 
 def _is_unsafe(char: str) -> bool:
-    is_direction_mark = char in "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    return is_direction_mark or unicodedata.category(char) in {"Cc", "Zl", "Zp", "Cs"}
+    overrides_direction = "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
+    return overrides_direction or unicodedata.category(char) in {"Cc", "Zl", "Zp", "Cs"}
 
 
-def _escaped(char: str) -> str:
+def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
@@ -192,9 +208,7 @@ def _check(rows: Sequence[str], columns: Sequence[str], weights: Sequence[Sequen
         raise ValueError(f"{len(rows)} row labels need {len(rows)} rows of weights, got {len(weights)}")
     for index, row in enumerate(weights):
         if len(row) != len(columns):
-            raise ValueError(
-                f"{len(columns)} column labels need {len(columns)} weights a row, row {index} has {len(row)}"
-            )
+            raise ValueError(f"{len(columns)} column labels need {len(columns)} weights a row, row {index} has {len(row)}")
         for weight in row:
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"weights must be finite and not negative, row {index} ({rows[index]!r}) has {weight}")
@@ -236,23 +250,19 @@ def _clipping_line(shown_rows: int, num_rows: int, shown_columns: int, num_colum
     return _shortened(f"first {', '.join(parts)}", max_width or 200)
 
 
-def _painter(top: float, *, has_colour: bool, is_ascii: bool):
-    """Give the function that turns a row of weights into blocks of the columns' widths."""
-    shades = ASCII_SHADES if is_ascii else SHADES
+def _shaded(shares: Sequence[float], widths: Sequence[int], shades: str) -> str:
+    """A row of shares of the largest weight as blocks of the columns' widths."""
+    return "".join(_level(share, shades) * width for share, width in zip(shares, widths, strict=False))
 
-    def level(weight: float, num_levels: int) -> int:
-        return round(weight / top * (num_levels - 1)) if top > 0 else 0
 
-    def plain(row: Sequence[float], widths: Sequence[int]) -> str:
-        return "".join(shades[level(weight, len(shades))] * width for weight, width in zip(row, widths, strict=False))
+def _coloured(shares: Sequence[float], widths: Sequence[int], shades: str) -> str:
+    """The same in colours. Letter and ground have one: a full cell on a screen, a readable shade where it is pasted."""
+    cells = []
+    for share, width in zip(shares, widths, strict=False):
+        colour = _level(share, HEAT)
+        cells.append(f"\x1b[38;5;{colour};48;5;{colour}m{_level(share, shades) * width}")
+    return "".join(cells) + "\x1b[0m"
 
-    def coloured(row: Sequence[float], widths: Sequence[int]) -> str:
-        cells = []
-        for weight, width in zip(row, widths, strict=False):
-            colour = HEAT[level(weight, len(HEAT))]
-            shade = shades[level(weight, len(shades))]
-            # Letter and ground in one colour: a full cell on the screen, a readable shade where it is pasted.
-            cells.append(f"\x1b[38;5;{colour};48;5;{colour}m{shade * width}")
-        return "".join(cells) + "\x1b[0m"
 
-    return coloured if has_colour else plain
+def _level(share: float, levels: Sequence[Level]) -> Level:
+    return levels[round(share * (len(levels) - 1))]

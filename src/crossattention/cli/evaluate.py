@@ -1,0 +1,43 @@
+"""`crossattention evaluate`: the scores of a run on the examples that its training never saw."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Score a run on its test part, which training never saw.
+
+    Args:
+        run: folder of the run.
+        beams: width of the beam search; 1 is greedy.
+        json: print one JSON object in the place of the table.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    beams: int = 1
+    json: bool = False
+
+
+def run(arguments: Sequence[str], *, prog: str) -> int:
+    """Print the scores."""
+    given = tyro.cli(EvaluateArguments, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+    from crossattention.cli.lines import score_table
+    from crossattention.cli.weights import load_and_say, waiting, weights_digest
+    from crossattention.recipes.run import evaluate
+
+    loaded = load_and_say(given.run)
+    with waiting("scoring the examples that it has never seen"):
+        found = evaluate(loaded, beams=given.beams)
+    if given.json:
+        facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step, "beams": given.beams}
+        print(json.dumps({**facts, "sha256": weights_digest(loaded), "scores": found}))
+    else:
+        print("\n".join(score_table(found)))
+    return 0

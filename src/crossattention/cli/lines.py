@@ -1,0 +1,127 @@
+"""Events, scores and predictions as plain lines of text: no colours, no cursor, no markup."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+
+from crossattention.training.events import Evaluated, Finished, Started, Step
+from crossattention.views.alignment import escaped
+
+FRACTIONS = ("per", "wer", "cer", "exact")  # scores that are shares of 1, by how their names begin
+COUNTS = ("words", "pairs", "unreadable")
+SUBSETS = {
+    "": "all",
+    "_stem_seen": "a stem of the word was trained on",
+    "_stem_unseen": "no stem was trained on",
+    "_stressed": "all, stress counted",
+}
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as a clock shows them.
+
+    Example:
+        >>> duration(65), duration(3725.4)
+        ('1:05', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def score(name: str, value: float) -> str:
+    """One score: a share as a percentage, a count whole, all else with three decimals.
+
+    Example:
+        >>> score("per_macro", 0.1404), score("bleu", 31.2), score("words", 10011)
+        ('14.0 %', '31.200', '10,011')
+    """
+    if name in COUNTS:
+        return f"{value:,.0f}"
+    return f"{100 * value:.1f} %" if name.startswith(FRACTIONS) else f"{value:.3f}"
+
+
+def scores(metrics: Mapping[str, float]) -> str:
+    """Several scores on one line, in their own order."""
+    return "  ".join(f"{name} {score(name, value)}" for name, value in metrics.items())
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Rows of cells as lines with straight columns, two blanks apart.
+
+    Args:
+        rows: cells; every row has as many.
+        right: columns that end flush, as numbers do.
+
+    Example:
+        >>> aligned([["cat", "1"], ["horse", "12"]], right=[1])
+        ['cat     1', 'horse  12']
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+
+    def cell(text: str, index: int) -> str:
+        blanks = " " * (widths[index] - cell_len(text))
+        return blanks + text if index in right else text + blanks
+
+    return ["  ".join(cell(text, index) for index, text in enumerate(row)).rstrip() for row in rows]
+
+
+def score_table(metrics: Mapping[str, float]) -> list[str]:
+    """All scores of a run: one line a subset of the held-out examples, one column a score."""
+    by_subset: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        suffix = next((suffix for suffix in SUBSETS if suffix and name.endswith(suffix)), "")
+        by_subset.setdefault(suffix, {})[name.removesuffix(suffix)] = value
+    names = list(dict.fromkeys(name for found in by_subset.values() for name in found))
+    rows = [["", *names]]
+    for suffix in (suffix for suffix in SUBSETS if suffix in by_subset):
+        found = by_subset[suffix]
+        rows.append([SUBSETS[suffix], *(score(name, found[name]) if name in found else "" for name in names)])
+    return aligned(rows, right=range(1, len(names) + 1))
+
+
+def started(event: Started) -> list[str]:
+    """What is trained, where, and where it goes on from."""
+    begin = f"{event.parameters:,} parameters on {event.device}"
+    if event.resumed_from is not None:
+        begin += f", resumed at step {event.step:,} from {event.resumed_from}"
+    return [begin, *(f"note: {note}" for note in event.notes)]
+
+
+def place(event: Step) -> str:
+    """How far the training is."""
+    total = "" if event.total_steps is None else f"/{event.total_steps:,}"
+    return f"step {event.step:,}{total}"
+
+
+def pace(event: Step) -> str:
+    """Loss, speed and time left."""
+    left = "" if event.seconds_left is None else f"  {duration(event.seconds_left)} left"
+    return f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s{left}"
+
+
+def evaluated(event: Evaluated) -> str:
+    """The scores of an evaluation."""
+    return f"step {event.step:,}: {scores(event.metrics)}{'  (best so far)' if event.is_best else ''}"
+
+
+def finished(event: Finished) -> str:
+    """How the run ended."""
+    return f"trained {event.step:,} steps in {duration(event.seconds)}; the best model is of step {event.best_step:,}"
+
+
+def sample(example: Mapping[str, Any]) -> list[str]:
+    """A held-out example: what the model read, what it wrote, and what stands in the data."""
+    texts = [("reads", "source", ""), ("writes", "predicted", "ipa"), ("data", "reference", "reference_ipa")]
+    return aligned([[label, or_nothing(example[text]), spoken(example.get(ipa))] for label, text, ipa in texts])
+
+
+def or_nothing(text: str) -> str:
+    """A text of the data or of a model in one line, also where a young model writes none."""
+    return escaped(text) or "(nothing yet)"
+
+
+def spoken(ipa: str | None) -> str:
+    """IPA between its strokes; nothing where there is none."""
+    return f"/{escaped(ipa)}/" if ipa else ""

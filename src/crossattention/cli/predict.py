@@ -1,0 +1,147 @@
+"""`crossattention predict`: a run's answers, to words given as arguments or one a line on standard input."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from crossattention.cli.lines import aligned
+from crossattention.cli.questions import BATCH_SIZE, Question, questions_from_arguments, questions_from_stdin
+from crossattention.cli.screen import map_lines
+from crossattention.views.alignment import escaped
+
+if TYPE_CHECKING:
+    from crossattention.recipes.run import Run
+    from crossattention.recipes.translator import Prediction
+
+Answer = tuple[str, "list[Prediction]"]
+Ask = Callable[[list[str]], "Iterator[list[Prediction]]"]
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Ask a run: a text as an argument or, without one, one a line on standard input, answered while lines come.
+
+    Prints a line an answer: text, prediction, IPA where the prediction is phonemes, score; tabs between them, or
+    straight columns in a terminal. The score ranks the answers to one text: the log-probability, normalised for length.
+
+    Args:
+        run: folder of the run.
+        text: what to answer; standard input is read where there is none.
+        best: answers to each text, best first.
+        beams: width of the beam search, at least `best`; 4, or `best` if that is more, where it is not given.
+        map: show below each text what its best answer reads of it, as a map.
+        json: print one JSON object a text.
+        skip_bad: leave out texts that cannot be read, and say so on stderr, where otherwise the first ends the command.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    text: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")] = ()
+    best: int = 1
+    beams: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    map: bool = False
+    json: bool = False
+    skip_bad: bool = False
+
+
+def run(arguments: Sequence[str], *, prog: str) -> int:
+    """Answer every text, each batch as soon as it is there."""
+    given = tyro.cli(PredictArguments, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+    from crossattention.cli.weights import load_and_say
+
+    loaded = load_and_say(given.run)
+    beams = max(4, given.best) if given.beams is None else given.beams
+    ask = partial(loaded.predict, beams=beams, num_hypotheses=given.best, batch_size=BATCH_SIZE)
+    ask([])  # a fault in the numbers is found before any text is read
+    batches = questions_from_arguments(given.text) if given.text else questions_from_stdin()
+    num_answered = 0
+    with _counter(reads_stdin=not given.text) as say_count:
+        for batch in batches:
+            answers, fault = _answer(ask, batch, skip_bad=given.skip_bad)
+            _write(loaded, answers, given)
+            num_answered += len(answers)
+            say_count(num_answered)
+            if fault is not None:
+                raise fault
+    return 0
+
+
+def _answer(ask: Ask, batch: list[Question], *, skip_bad: bool) -> tuple[list[Answer], ValueError | None]:
+    """The answers to a batch, up to its first unreadable text; with `skip_bad` all of them, these said on stderr."""
+    try:
+        texts = [question.text() for question in batch]
+        return list(zip(texts, ask(texts), strict=True)), None
+    except ValueError as fault:
+        if len(batch) == 1:
+            [question] = batch
+            if skip_bad:
+                print(f"left out: {question.place}{fault}", file=sys.stderr)
+                return [], None
+            return [], ValueError(f"{question.place}{fault}; --skip-bad leaves such texts out")
+    answers: list[Answer] = []
+    for question in batch:  # one by one, to answer those that can be read
+        found, fault = _answer(ask, [question], skip_bad=skip_bad)
+        answers += found
+        if fault is not None:
+            return answers, fault
+    return answers, None
+
+
+def _write(loaded: "Run", answers: list[Answer], given: PredictArguments) -> None:
+    """Write a batch and flush it: whoever reads our output may be waiting for just this answer."""
+    if given.json:
+        lines = [_as_json(loaded, text, predictions, with_map=given.map) for text, predictions in answers]
+    elif given.map:
+        lines = [line for text, predictions in answers for line in _with_map(loaded, text, predictions)]
+    else:
+        lines = _as_lines([row for text, predictions in answers for row in _rows(text, predictions)])
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+
+
+def _rows(text: str, predictions: list["Prediction"]) -> list[list[str]]:
+    ipa = [[] if found.ipa is None else [escaped(found.ipa)] for found in predictions]
+    return [
+        [escaped(text), escaped(found.text), *spoken, f"{found.score:.3f}"] for found, spoken in zip(predictions, ipa, strict=True)
+    ]
+
+
+def _as_lines(rows: list[list[str]]) -> list[str]:
+    """Straight columns for a person, tabs for a program."""
+    if not rows or not sys.stdout.isatty():
+        return ["\t".join(row) for row in rows]
+    return aligned(rows, right=[len(rows[0]) - 1])
+
+
+def _with_map(loaded: "Run", text: str, predictions: list["Prediction"]) -> list[str]:
+    map_of_best = loaded.align(text, predictions[0].text)
+    console = Console()
+    return [*_as_lines(_rows(text, predictions)), *map_lines(asdict(map_of_best), console), ""]
+
+
+def _as_json(loaded: "Run", text: str, predictions: list["Prediction"], *, with_map: bool) -> str:
+    facts = {"input": text, "predictions": [asdict(found) for found in predictions]}
+    if with_map:
+        facts["alignment"] = asdict(loaded.align(text, predictions[0].text))
+    return json.dumps(facts, ensure_ascii=False)
+
+
+@contextmanager
+def _counter(*, reads_stdin: bool) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how many lines are answered, where that is a terminal and the answers go elsewhere."""
+    if not reads_stdin or not sys.stderr.isatty() or sys.stdout.isatty():
+        if reads_stdin and sys.stdin.isatty():
+            print("one text a line; Ctrl-D ends", file=sys.stderr)
+        yield lambda count: None
+        return
+    with Console(stderr=True).status("0 answered") as status:
+        yield lambda count: status.update(f"{count:,} answered")

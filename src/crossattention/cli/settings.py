@@ -1,0 +1,142 @@
+"""What one `train` command line asks for: the recipe's settings, the training's, and where the run lies."""
+
+import dataclasses
+import importlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tyro
+
+from crossattention.cli.flags import config_of, flags_of
+
+if TYPE_CHECKING:
+    from crossattention.training.config import TrainConfig
+    from crossattention.training.tasks import Task
+
+
+class Recipe(NamedTuple):
+    """Where a recipe lives; its module is imported when it is asked for."""
+
+    what: str
+    module: str
+    config: str
+    task: str
+
+    def part(self, name: str) -> Any:
+        """A class or function of the recipe's module."""
+        return getattr(importlib.import_module(self.module), name)
+
+
+RECIPES = {
+    "g2p": Recipe(
+        "letters to phonemes: how English words are pronounced, from the dictionary in the package",
+        "crossattention.recipes.g2p",
+        "G2PConfig",
+        "G2PTask",
+    ),
+    "seq2seq": Recipe(
+        "any two-column file: --data pairs.tsv (or .csv, .jsonl, .parquet)",
+        "crossattention.recipes.seq2seq",
+        "Seq2SeqConfig",
+        "Seq2SeqTask",
+    ),
+}
+LENGTHS = ("minutes", "steps", "epochs")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run lies.
+
+    Args:
+        out: folder of the run; made where it does not exist.
+        resume: go on with the run in `out`; its own settings are the defaults.
+    """
+
+    out: Path
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command line asks for.
+
+    Args:
+        recipe: its name.
+        place: the folder, and whether its run goes on.
+        config: the recipe's settings.
+        training: the training's settings.
+    """
+
+    recipe: str
+    place: Place
+    config: Any
+    training: "TrainConfig"
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on after a stop."""
+        return shlex.join(["crossattention", "train", self.recipe, "--out", str(self.place.out), "--resume"])
+
+    def build_task(self) -> "Task":
+        """Read the data."""
+        recipe = RECIPES[self.recipe]
+        return recipe.part(recipe.task)(self.config, seed=self.training.seed)
+
+
+def read_order(name: str, arguments: Sequence[str], *, prog: str) -> Order:
+    """Read the flags of a recipe.
+
+    Args:
+        name: of the recipe.
+        arguments: the words after it.
+        prog: the words up to it, for the help.
+
+    Raises:
+        ValueError: a setting out of range, or nothing to resume.
+        SystemExit: the help was asked for, or a flag is wrong; both are already printed.
+    """
+    from crossattention.training.config import TrainConfig
+
+    recipe = RECIPES[name]
+    config_class = recipe.part(recipe.config)
+    place = Place(out=Path("runs") / name)
+    config, training = None, recipe.part("default_training")()
+    if "--resume" in arguments and not {"-h", "--help"} & set(arguments):
+        resumed, _ = tyro.cli(Place, default=place, args=arguments, prog=prog, return_unknown_args=True)
+        config, training = _settings_of_run(name, resumed.out)
+
+    lengths = {length: getattr(training, length) for length in LENGTHS}
+    default = next(f"(default: {value:g} {length})" for length, value in lengths.items() if value is not None)
+    parts = [
+        ("run", Place, dataclasses.field(default=place)),
+        ("training", flags_of(TrainConfig, training, unset=dict.fromkeys(LENGTHS, default))),
+        ("recipe", flags_of(config_class, config)),
+    ]
+    flags = dataclasses.make_dataclass("Flags", parts, frozen=True, kw_only=True)
+    flags.__doc__ = f"Train {recipe.what}."
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    given: Any = tyro.cli(flags, args=arguments, prog=prog, config=options)
+
+    is_length_given = any(getattr(given.training, length) is not None for length in LENGTHS)
+    chosen = config_of(TrainConfig, given.training, **({} if is_length_given else lengths))
+    return Order(name, given.run, config_of(config_class, given.recipe), chosen)
+
+
+def _settings_of_run(recipe: str, out: Path) -> tuple[Any, "TrainConfig"]:
+    """The settings that the run in a folder was begun with."""
+    from crossattention.training.config import TrainConfig
+    from crossattention.training.folder import RunFolder
+
+    folder = RunFolder(out)
+    if not folder.config_file.is_file():
+        raise ValueError(f"{out} holds no run to resume (no config.json in it): begin one without --resume")
+    stored = folder.read_config()
+    name = stored["task"].get("recipe")
+    if name != recipe:
+        raise ValueError(f"the run in {out} is of the recipe {name}, not {recipe}: crossattention train {name} resumes it")
+    config = RECIPES[recipe].part("config_from_json")(stored["task"]["config"])
+    return config, TrainConfig.from_json(stored["training"])

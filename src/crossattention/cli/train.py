@@ -1,0 +1,136 @@
+"""`crossattention train RECIPE`: train a model, watch it learn, and hear at the end what it knows."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from crossattention.cli import lines
+from crossattention.cli.main import EXIT_OK, EXIT_USER, unknown
+from crossattention.cli.screen import screen_for
+from crossattention.cli.settings import RECIPES, Order, read_order
+from crossattention.cli.weights import load_and_say, waiting
+from crossattention.views.alignment import escaped
+
+if TYPE_CHECKING:
+    from crossattention.recipes.run import Run
+    from crossattention.training.tasks import Task
+
+NUM_EXAMPLES = 10
+NEW_WORDS = ["zoomified", "blorkworthy", "crossattention"]
+
+
+def run(arguments: Sequence[str], *, prog: str) -> int:
+    """Train, then show the scores, some answers and what to type next."""
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_help(prog))
+        return EXIT_OK if arguments else EXIT_USER
+    recipe = arguments[0]
+    if recipe not in RECIPES:
+        raise ValueError(unknown("recipe", recipe, list(RECIPES), f"{prog} --help"))
+    order = read_order(recipe, arguments[1:], prog=f"{prog} {recipe}")
+    console = Console(highlight=False)
+    task = _read_data(order, console)
+    if _train(task, order, console):
+        _show_results(order, task, console)
+    return EXIT_OK
+
+
+def _help(prog: str) -> str:
+    recipes = [f"  {name:<10}{recipe.what}" for name, recipe in RECIPES.items()]
+    rest = ["", f"  {prog} RECIPE --help   its flags", "", f"Start here: {prog} g2p"]
+    return "\n".join([f"usage: {prog} RECIPE ...", "", "Train a model. The recipes:", "", *recipes, *rest])
+
+
+def _read_data(order: Order, console: Console) -> "Task":
+    with waiting("reading the data"):
+        task = order.build_task()
+    parts = getattr(task, "parts", None)  # a recipe that reads the user's files tells what it left out
+    if parts is not None and parts.skipped:
+        _print(console, f"left out {parts.skipped:,} bad lines, such as {parts.problems[0]}")
+    return task
+
+
+def _train(task: "Task", order: Order, console: Console) -> bool:
+    """Train to the end; False in the processes of a group that only help the first.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, with the command that resumes.
+        SystemExit: SIGTERM.
+    """
+    from crossattention.training.events import Finished, Interrupted
+    from crossattention.training.folder import RunFolder
+    from crossattention.training.loop import train
+
+    event = None
+    try:
+        with screen_for(console) as screen:
+            for event in train(task, order.training, order.place.out, resume=order.place.resume):
+                screen.draw(event)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not RunFolder(order.place.out).config_file.is_file():
+            raise KeyboardInterrupt("stopped before the training began; nothing was written") from None
+        saved = f"saved at step {event.step:,}" if isinstance(event, Interrupted) else "stopped between two checkpoints"
+        message = f"{saved}; to go on: {order.resume_command}"
+        if isinstance(stop, SystemExit):
+            print(message, file=sys.stderr)
+            raise
+        raise KeyboardInterrupt(message) from None
+    if isinstance(event, Finished):
+        console.print(Text(lines.finished(event)))
+    return isinstance(event, Finished)
+
+
+def _show_results(order: Order, task: "Task", console: Console) -> None:
+    """The scores on unseen examples, some of these beside the data's answers, where the run lies, what to type next."""
+    from crossattention.recipes.run import evaluate
+
+    loaded = load_and_say(order.place.out)
+    out = shlex.quote(str(order.place.out))
+    try:
+        with waiting("scoring the examples that it has never seen (Ctrl-C leaves that out)"):
+            scores = lines.score_table(evaluate(loaded))
+    except KeyboardInterrupt:
+        scores = [f"not scored; this does it: crossattention evaluate {out}"]
+    answers, to_ask = _unseen(loaded, order, task)
+    _print(console, "", "On examples that it has never seen:", *scores)
+    _print(console, "", f"{len(answers) - 1} of them, those marked = are right:", *lines.aligned(answers))
+    _print(console, "", f"The run lies in {out}. Ask it:", f"  crossattention predict {out} {shlex.join(to_ask)}")
+
+
+def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[list[str]], list[str]]:
+    """Rows of mark, text, prediction, (IPA,) the data's answers; and texts to ask the run for."""
+    if order.recipe == "g2p":
+        from crossattention.recipes.g2p import unseen_words
+
+        found = unseen_words(loaded.translator, stressed=order.config.stressed, count=NUM_EXAMPLES)
+        rows = [
+            [
+                _mark(word.predicted, word.references),
+                word.word,
+                lines.or_nothing(word.predicted),
+                lines.spoken(word.ipa),
+                " | ".join(word.references),
+            ]
+            for word in found
+        ]
+        return [["", "word", "model", "IPA", "dictionary"], *rows], NEW_WORDS
+    pairs = task.parts.test[:NUM_EXAMPLES]
+    predictions = loaded.translator.predict_all([source for source, _ in pairs])
+    rows = [
+        [_mark(found.text, [target]), escaped(source), lines.or_nothing(found.text), escaped(target)]
+        for (source, target), found in zip(pairs, predictions, strict=True)
+    ]
+    return [["", "source", "model", "data"], *rows], [pairs[0][0]]
+
+
+def _mark(predicted: str, references: Sequence[str]) -> str:
+    return "=" if predicted in references else " "
+
+
+def _print(console: Console, *texts: str) -> None:
+    for text in texts:
+        console.print(Text(text), soft_wrap=True)
