@@ -7,18 +7,22 @@ import pytest
 import torch
 
 from crossattention.data.vocabulary import END, PAD
-from crossattention.recipes.cmudict import part_of
+from crossattention.recipes.cmudict import part_of, to_ipa
 from crossattention.recipes.g2p import (
     SAMPLE_WORD,
     G2PConfig,
     G2PTask,
     config_from_json,
+    default_training,
     letters_of,
     score_test_words,
     unseen_words,
     words_by_part,
 )
+from crossattention.recipes.run import evaluate, load_run
 from crossattention.recipes.translator import Alignment, Prediction
+from crossattention.training.config import TrainConfig
+from crossattention.training.loop import Finished, train
 from recipes.reversing_words import TINY
 
 SMALL = G2PConfig(evaluation_words=8, model=TINY)
@@ -126,6 +130,28 @@ def test_ten_unseen_words_are_test_words_beside_the_dictionary():
         assert part_of(item.word) == "test"
         assert item.predicted in item.references
         assert item.ipa
+
+
+def test_the_training_loop_leaves_a_run_that_can_be_asked_and_resumed(task, tmp_path):
+    config = TrainConfig(steps=3, evaluations=1, warmup_steps=1)
+    assert isinstance([*train(task, config, tmp_path / "run")][-1], Finished)
+    run = load_run(tmp_path / "run")
+    assert (run.recipe, run.step) == ("g2p", 3)
+    ((first, _), _) = run.predict(["Zoomified", "abc"], beams=3, num_hypotheses=2)
+    assert first.ipa == to_ipa(first.text)
+    assert run.align("Cat", "K AE T").columns == ["c", "a", "t"]
+    assert isinstance([*train(task, config, tmp_path / "run", resume=True)][-1], Finished)
+    run.description["data"]["sha256"] = "0" * 64
+    with pytest.raises(ValueError, match=r"another edition of the dictionary \(sha256 0000"):
+        evaluate(run)
+
+
+@pytest.mark.slow
+def test_five_minutes_on_two_cores_reach_18_percent_on_the_test_words(tmp_path):
+    training = replace(default_training(), threads=2)
+    for _ in train(G2PTask(), training, tmp_path / "run"):
+        pass
+    assert evaluate(load_run(tmp_path / "run"))["per"] <= 0.18
 
 
 def test_capitals_and_spaces_are_spelled_as_in_the_dictionary():

@@ -106,6 +106,14 @@ def test_an_untrained_model_is_about_as_good_as_chance(reversing):
     assert math.log(task.learner.target.size) - 0.5 < loss < math.log(task.learner.target.size) + 1.5
 
 
+def test_a_held_out_pair_may_be_longer_than_any_batch(tmp_path):
+    valid = write_pairs(tmp_path / "v.tsv", [("abc" * 40, "C B A " * 40)])
+    data = write_reversed_words(tmp_path / "p.tsv")
+    config = Seq2SeqConfig(data, valid=valid, target_tokens="words", metrics=("exact",), tokens_per_batch=60, model=TINY)
+    task = Seq2SeqTask(config)
+    assert math.isfinite(task.evaluate(task.build_model().eval()).metrics["loss"])
+
+
 def test_evaluation_of_a_model_that_has_learned(reversing):
     task, model = reversing
     evaluation = task.evaluate(model)

@@ -129,11 +129,11 @@ def parse_dictionary(text: str) -> dict[str, tuple[str, ...]]:
     """
     words: dict[str, list[str]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        fields = line.partition("#")[0].split()
-        if len(fields) == 1:
+        word, _, phones = line.partition("#")[0].strip().partition(" ")
+        if word and not phones:
             raise ValueError(f"expected phones after the word in line {number} of the dictionary, got {line!r}")
-        if fields:
-            words.setdefault(_VARIANT.sub("", fields[0]), []).append(" ".join(fields[1:]))
+        if word:
+            words.setdefault(_VARIANT.sub("", word) if word.endswith(")") else word, []).append(phones)
     return {word: tuple(pronunciations) for word, pronunciations in words.items()}
 
 

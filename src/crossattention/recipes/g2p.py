@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -156,12 +158,16 @@ def config_from_json(fields: Mapping[str, Any]) -> G2PConfig:
     return G2PConfig(**{**fields, "model": ModelShape(**fields["model"])})
 
 
-def words_by_part(*, stressed: bool) -> dict[Part, dict[str, tuple[str, ...]]]:
-    """The dictionary's words with their pronunciations, in three parts by the hash of the word."""
+@cache
+def words_by_part(*, stressed: bool) -> Mapping[Part, Words]:
+    """The dictionary's words with their pronunciations, in three parts by the hash of the word.
+
+    Cost: one second the first time; kept, since a run needs it to train, to score and to show.
+    """
     parts: dict[Part, dict[str, tuple[str, ...]]] = {"train": {}, "valid": {}, "test": {}}
     for word, found in pronunciations_of(read_dictionary(), stressed=stressed).items():
         parts[part_of(word)][word] = found
-    return parts
+    return MappingProxyType({part: MappingProxyType(words) for part, words in parts.items()})
 
 
 def letters_of(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class ModelShape:
     feed_forward_dim: int = 1024
     dropout: float = 0.1
     attention_dropout: float = 0.0
-    norm: str = "pre"
+    norm: Literal["pre", "post"] = "pre"
 
 
 class PairLearner:
@@ -116,7 +116,10 @@ class PairLearner:
 
     def held_out_loss(self, model: nn.Module, pairs: Sequence[tuple[str, str]]) -> float:
         """The cross-entropy of held-out pairs without smoothing, mean over their target tokens, in nats."""
-        batches = PairBatches(self.encoded(pairs), max(self.batches.tokens_per_batch, 4096))
+        examples = self.encoded(pairs)
+        # A held-out pair may be longer than any that was trained on.
+        longest = max(len(source_ids) + len(target_ids) + 1 for source_ids, target_ids in examples)
+        batches = PairBatches(examples, max(self.batches.tokens_per_batch, longest))
         device = next(model.parameters()).device
         total, count = 0.0, 0
         with torch.no_grad():
