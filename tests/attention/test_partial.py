@@ -1,7 +1,5 @@
 """Partial results: merged in any number of parts they equal attention over all keys, forward and backward."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,8 +38,8 @@ def work(lengths, mask_kind, dtype=torch.float64, w=W):
 
 
 def cut(k, v, mask, lengths):
-    pieces = zip(k.split(lengths, 2), v.split(lengths, 2), mask.split(lengths, -1) if mask is not None else itertools.repeat(None))
-    return [Part(*piece) for piece in pieces]
+    masks = [None] * len(lengths) if mask is None else mask.split(lengths, -1)
+    return [Part(*piece) for piece in zip(k.split(lengths, 2), v.split(lengths, 2), masks, strict=True)]
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "added", "empty row"])

@@ -89,7 +89,7 @@ def test_errors_name_what_came():
     _, cache = layer.step(torch.randn(Z, 2, D, dtype=torch.float64))
     with pytest.raises(ValueError, match="x has batch 3 but the cache has batch 2"):
         layer.step(torch.randn(3, 1, D, dtype=torch.float64), cache)
-    with pytest.raises(ValueError, match="torch.float32 but the layer's weights are torch.float64"):
+    with pytest.raises(ValueError, match=r"torch\.float32 but the layer's weights are torch.float64"):
         layer(torch.randn(Z, N, D))
     with pytest.raises(ValueError, match="query_dim=10 and heads=4"):
         SelfAttention(10, heads=4)
