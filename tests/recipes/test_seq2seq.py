@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from crossattention.data.vocabulary import UNKNOWN
+from crossattention.data.vocabulary import UNKNOWN, UnknownSymbol
 from crossattention.recipes.seq2seq import (
     Seq2SeqConfig,
     Seq2SeqTask,
@@ -172,14 +172,23 @@ def test_faults_of_the_caller_are_named(tmp_path):
         Seq2SeqTask(Seq2SeqConfig(path, target_tokens="words", tokens_per_batch=5, metrics=("exact",), model=TINY))
 
 
-def test_words_never_seen_are_unknown_and_stay_readable(tmp_path):
-    pairs = [(f"word{index} end", f"wort{index} ende") for index in range(300)]
-    config = Seq2SeqConfig(
-        write_pairs(tmp_path / "p.tsv", pairs), source_tokens="words", target_tokens="words", metrics=("exact",), model=TINY
-    )
-    task = Seq2SeqTask(config)
+def task_of_words(path, pairs):
+    config = Seq2SeqConfig(write_pairs(path, pairs), source_tokens="words", target_tokens="words", metrics=("exact",), model=TINY)
+    return Seq2SeqTask(config)
+
+
+def test_an_unseen_source_word_is_unknown_because_words_seen_once_were_trained_as_unknown(tmp_path):
+    task = task_of_words(tmp_path / "p.tsv", [(f"word{index} end", f"wort{index} ende") for index in range(300)])
+    assert task.learner.source.symbols == ("end",)
     assert task.readable == task.held_out
-    assert UNKNOWN in task.learner.source.encode(task.held_out[0][0])
+    assert task.learner.source.encode(task.parts.train[0][0])[0] == UNKNOWN
+    assert task.learner.source.encode(task.held_out[0][0])[0] == UNKNOWN
+
+
+def test_an_unseen_source_word_is_an_error_where_unknown_was_never_trained(tmp_path):
+    task = task_of_words(tmp_path / "p.tsv", [(f"a{i % 7} b{i % 11} c{i % 13}", "x") for i in range(1000)])
+    with pytest.raises(UnknownSymbol, match=r"symbol 'd1', word 2 of 'a1 d1', was never seen in training"):
+        task.learner.source.encode("a1 d1")
 
 
 def test_no_readable_validation_pair_is_an_error(tmp_path):

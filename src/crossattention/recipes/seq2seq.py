@@ -7,6 +7,7 @@ the metrics asked for. What does not: reading files (`data.pairs`), batches and 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from crossattention.checkpoints.files import sha256_of
 from crossattention.data.batches import PairBatch
 from crossattention.data.pairs import read_pairs
-from crossattention.data.vocabulary import Tokenizer, TokenizerKind, UnknownSymbol, build_tokenizer
+from crossattention.data.vocabulary import Tokenizer, TokenizerKind, UnknownSymbol, WordTokenizer, build_tokenizer
 from crossattention.models.transformer import Transformer
 from crossattention.recipes.pair_task import ModelShape, PairLearner
 from crossattention.recipes.scores import LOWER_IS_BETTER, TextMetric, check_text_metrics, score_texts
@@ -46,7 +47,8 @@ class Seq2SeqConfig:
         skip_bad: leave bad lines out and count them, where otherwise the first of them is an error.
         source_tokens: what the sources are cut into.
         target_tokens: what the targets are cut into.
-        vocabulary_size: ids of each side that is cut into bpe (without it 8,000) or words (without it all).
+        vocabulary_size: ids of each side that is cut into bpe (without it 8,000) or words (without it all, of the
+            sources those that occur more than once).
         metrics: scores of held-out predictions; the first error rate among them decides which model is the best,
             without one the cross-entropy of the validation pairs.
         evaluation_pairs: validation pairs scored at each evaluation.
@@ -150,7 +152,7 @@ class Seq2SeqTask:
         self.parts = read_parts(config)
         self.learner = PairLearner(
             self.parts.train,
-            _tokenizer(config.source_tokens, config.vocabulary_size, [source for source, _ in self.parts.train]),
+            _source_tokenizer(config, [source for source, _ in self.parts.train]),
             _tokenizer(config.target_tokens, config.vocabulary_size, [target for _, target in self.parts.train]),
             config.model,
             tokens_per_batch=config.tokens_per_batch,
@@ -190,10 +192,9 @@ class Seq2SeqTask:
     def evaluate(self, model: nn.Module) -> Evaluation:
         """The cross-entropy and the metrics of greedy predictions of validation pairs, and one pair to look at."""
         translator = self.learner.translator(model)
-        metrics = {
-            "loss": self.learner.held_out_loss(model, self.readable),
-            **score_pairs(translator, self.held_out, self.config.metrics),
-        }
+        scores = score_pairs(translator, self.held_out, self.config.metrics)
+        loss = self.learner.held_out_loss(model, self.readable)
+        metrics = {"loss": loss, **{metric: scores[metric] for metric in self.config.metrics}}
         return Evaluation(metrics, sample_of(translator, *self.readable[0]))
 
     def describe(self) -> dict[str, Any]:
@@ -285,6 +286,19 @@ def _part_of(source: str, to_divide: set[str]) -> str:
     place = int.from_bytes(_digest(source), "big") / 2**64
     part = "valid" if place < HELD_OUT_SHARE else "test" if place < 2 * HELD_OUT_SHARE else "train"
     return part if part in to_divide else "train"
+
+
+def _source_tokenizer(config: Seq2SeqConfig, texts: list[str]) -> Tokenizer:
+    """The tokenizer of the sources, which never gives UNKNOWN to a model that has not learned to read it.
+
+    Words that occur only once become UNKNOWN, so that it is trained; where there is none, an unseen word is an error.
+    """
+    tokenizer = _tokenizer(config.source_tokens, config.vocabulary_size, texts)
+    if not isinstance(tokenizer, WordTokenizer):
+        return tokenizer
+    counts = Counter(word for text in texts for word in text.split())
+    often = [word for word in tokenizer.symbols if counts[word] > 1]
+    return WordTokenizer(often, strict=len(often) == len(counts))
 
 
 def _tokenizer(kind: TokenizerKind, size: int | None, texts: list[str]) -> Tokenizer:
