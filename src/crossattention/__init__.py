@@ -8,6 +8,7 @@ from crossattention.attention import (
     SelfAttention,
 )
 from crossattention.maps import attention_map
+from crossattention.models.pretrained import load
 from crossattention.plan import Plan, PlanError
 
 __version__ = "0.1.0"
@@ -21,4 +22,5 @@ __all__ = [
     "PreparedContext",
     "SelfAttention",
     "attention_map",
+    "load",
 ]
