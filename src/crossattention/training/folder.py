@@ -111,8 +111,8 @@ class RunFolder:
     def write_config(self, config: TrainConfig, description: Mapping[str, Any]) -> None:
         """Make the folder a run's: the settings first, so that a kill at any later moment can be resumed."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
         write_json(self.config_file, _content(config, description))
+        self.checkpoints.mkdir(exist_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """What config.json holds: `training` and `task`.

@@ -1,6 +1,5 @@
 """A run's metrics on the disk: JSON lines always, TensorBoard where it is installed."""
 
-import importlib.util
 import json
 import math
 import os
@@ -30,29 +29,44 @@ class Journal:
     def __init__(self, path: Path, tensorboard: Path | None, *, resumed_step: int | None = None):
         if resumed_step is not None and path.exists():
             _truncate(path, resumed_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = _Appended(path)
         self._charts = _open_charts(tensorboard, resumed_step)
 
     def write(self, event: str, step: int, values: Mapping[str, Any], *, charts: Mapping[str, float] | None = None) -> None:
         """Append one line, and one point to each chart ("group/name" -> value)."""
         line = {"event": event, "step": step, **finite(values)}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
         if self._charts is not None:
             self._charts.write(step, charts or {})
 
     def flush(self) -> None:
         """Everything so far is on the disk afterwards."""
-        for file in (self._file, self._charts.file if self._charts is not None else None):
-            if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+        self._file.flush()
+        if self._charts is not None:
+            self._charts.file.flush()
 
     def close(self) -> None:
         """End the journal; also after an error."""
         self._file.close()
         if self._charts is not None:
             self._charts.file.close()
+
+
+class _Appended:
+    """A file that grows, without a buffer: what could not be written is an error at once, not again at closing."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        while data:  # a disk that becomes full takes a part first, and raises at the rest
+            data = data[self._file.write(data) :]
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Charts:
@@ -67,7 +81,7 @@ class _Charts:
 
         folder.mkdir(exist_ok=True)
         begun = time.time()
-        self.file = open(folder / f"events.out.tfevents.{begun:.6f}.{os.getpid()}", "ab")
+        self.file = _Appended(folder / f"events.out.tfevents.{begun:.6f}.{os.getpid()}")
         self._records, self._event = RecordWriter(self.file), Event
         self._records.write(Event(wall_time=begun, file_version="brain.Event:2").SerializeToString())
         if resumed_step is not None:  # TensorBoard then forgets the points from this step on
@@ -83,15 +97,18 @@ class _Charts:
 
 
 def _open_charts(folder: Path | None, resumed_step: int | None) -> _Charts | None:
-    if folder is None or importlib.util.find_spec("tensorboard") is None:  # an extra: the lines hold the same numbers
+    if folder is None:
         return None
-    return _Charts(folder, resumed_step)
+    try:
+        return _Charts(folder, resumed_step)
+    except ImportError:  # an extra: the JSON lines hold the same numbers
+        return None
 
 
 def _truncate(path: Path, step: int) -> None:
     """Keep the lines up to `step`; a last line that a kill cut in two goes too."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
