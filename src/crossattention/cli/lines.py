@@ -43,8 +43,8 @@ def score(name: str, value: float) -> str:
 
 
 def scores(metrics: Mapping[str, float]) -> str:
-    """Several scores on one line, in their own order."""
-    return "  ".join(f"{name} {score(name, value)}" for name, value in metrics.items())
+    """Several scores on one line, in their own order; how many examples they are of goes without saying."""
+    return "  ".join(f"{name} {score(name, value)}" for name, value in metrics.items() if name not in COUNTS)
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
@@ -65,6 +65,33 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list
         return blanks + text if index in right else text + blanks
 
     return ["  ".join(cell(text, index) for index, text in enumerate(row)).rstrip() for row in rows]
+
+
+def records(
+    labels: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int,
+    right: Sequence[int] = (),
+    has_header: bool = False,
+) -> list[str]:
+    """Rows with straight columns if these are no wider than `width`; else each row as a paragraph, a cell a line.
+
+    Args:
+        labels: of the columns; in a paragraph they stand before the cells.
+        rows: cells; at least one row. A paragraph leaves out empty ones.
+        width: in terminal cells.
+        right: columns that end flush.
+        has_header: the labels stand above the columns too.
+    """
+    table = aligned([labels, *rows] if has_header else rows, right=right)
+    if all(cell_len(line) <= width for line in table):
+        return table
+    paragraphs = []
+    for row in rows:
+        cells = [[label, cell] for label, cell in zip(labels, row, strict=True) if cell]
+        paragraphs += ["", *aligned(cells)]
+    return paragraphs[1:]
 
 
 def score_table(metrics: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from crossattention.cli.lines import aligned
+from crossattention.cli.lines import records
 from crossattention.cli.questions import BATCH_SIZE, Question, questions_from_arguments, questions_from_stdin
 from crossattention.cli.screen import map_lines
 from crossattention.views.alignment import escaped
@@ -85,7 +85,8 @@ def _answer(ask: Ask, batch: list[Question], *, skip_bad: bool) -> tuple[list[An
             if skip_bad:
                 print(f"left out: {question.place}{fault}", file=sys.stderr)
                 return [], None
-            return [], ValueError(f"{question.place}{fault}; --skip-bad leaves such texts out")
+            advice = "; --skip-bad leaves such lines out" if question.place else ""
+            return [], ValueError(f"{question.place}{fault}{advice}")
     answers: list[Answer] = []
     for question in batch:  # one by one, to answer those that can be read
         found, fault = _answer(ask, [question], skip_bad=skip_bad)
@@ -109,17 +110,20 @@ def _write(loaded: "Run", answers: list[Answer], given: PredictArguments) -> Non
 
 
 def _rows(text: str, predictions: list["Prediction"]) -> list[list[str]]:
-    ipa = [[] if found.ipa is None else [escaped(found.ipa)] for found in predictions]
-    return [
-        [escaped(text), escaped(found.text), *spoken, f"{found.score:.3f}"] for found, spoken in zip(predictions, ipa, strict=True)
-    ]
+    """Text, prediction, IPA where there is one, score: all in one line each, whatever characters they hold."""
+    rows = []
+    for found in predictions:
+        ipa = [] if found.ipa is None else [escaped(found.ipa)]
+        rows.append([escaped(text), escaped(found.text), *ipa, f"{found.score:.3f}"])
+    return rows
 
 
 def _as_lines(rows: list[list[str]]) -> list[str]:
     """Straight columns for a person, tabs for a program."""
     if not rows or not sys.stdout.isatty():
         return ["\t".join(row) for row in rows]
-    return aligned(rows, right=[len(rows[0]) - 1])
+    labels = ["text", "answer", "IPA", "score"] if len(rows[0]) == 4 else ["text", "answer", "score"]
+    return records(labels, rows, width=Console().width, right=[len(labels) - 1])
 
 
 def _with_map(loaded: "Run", text: str, predictions: list["Prediction"]) -> list[str]:

@@ -66,20 +66,20 @@ class Order:
 
     Args:
         recipe: its name.
-        place: the folder, and whether its run goes on.
+        run: the folder, and whether its run goes on.
         config: the recipe's settings.
         training: the training's settings.
     """
 
     recipe: str
-    place: Place
+    run: Place
     config: Any
     training: "TrainConfig"
 
     @property
     def resume_command(self) -> str:
         """What to type to go on after a stop."""
-        return shlex.join(["crossattention", "train", self.recipe, "--out", str(self.place.out), "--resume"])
+        return shlex.join(["crossattention", "train", self.recipe, "--out", str(self.run.out), "--resume"])
 
     def build_task(self) -> "Task":
         """Read the data."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from crossattention.training.tasks import Task
 
 NUM_EXAMPLES = 10
+WIDTH_OF_A_LOG = 120
 NEW_WORDS = ["zoomified", "blorkworthy", "crossattention"]
 
 
@@ -50,7 +51,7 @@ def _read_data(order: Order, console: Console) -> "Task":
         task = order.build_task()
     parts = getattr(task, "parts", None)  # a recipe that reads the user's files tells what it left out
     if parts is not None and parts.skipped:
-        _print(console, f"left out {parts.skipped:,} bad lines, such as {parts.problems[0]}")
+        _print(console, f"left out {parts.skipped:,} bad line{"s"[: parts.skipped > 1]}, such as {parts.problems[0]}")
     return task
 
 
@@ -68,13 +69,13 @@ def _train(task: "Task", order: Order, console: Console) -> bool:
     event = None
     try:
         with screen_for(console) as screen:
-            for event in train(task, order.training, order.place.out, resume=order.place.resume):
+            for event in train(task, order.training, order.run.out, resume=order.run.resume):
                 screen.draw(event)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if not RunFolder(order.place.out).config_file.is_file():
+        if not RunFolder(order.run.out).config_file.is_file():
             raise KeyboardInterrupt("stopped before the training began; nothing was written") from None
         saved = f"saved at step {event.step:,}" if isinstance(event, Interrupted) else "stopped between two checkpoints"
-        message = f"{saved}; to go on: {order.resume_command}"
+        message = f"{saved}; to go on:\n  {order.resume_command}"
         if isinstance(stop, SystemExit):
             print(message, file=sys.stderr)
             raise
@@ -88,26 +89,27 @@ def _show_results(order: Order, task: "Task", console: Console) -> None:
     """The scores on unseen examples, some of these beside the data's answers, where the run lies, what to type next."""
     from crossattention.recipes.run import evaluate
 
-    loaded = load_and_say(order.place.out)
-    out = shlex.quote(str(order.place.out))
+    loaded = load_and_say(order.run.out)
+    out = shlex.quote(str(order.run.out))
     try:
         with waiting("scoring the examples that it has never seen (Ctrl-C leaves that out)"):
             scores = lines.score_table(evaluate(loaded))
     except KeyboardInterrupt:
         scores = [f"not scored; this does it: crossattention evaluate {out}"]
-    answers, to_ask = _unseen(loaded, order, task)
+    labels, answers, to_ask = _unseen(loaded, order, task)
+    width = console.width if console.is_terminal else WIDTH_OF_A_LOG
     _print(console, "", "On examples that it has never seen:", *scores)
-    _print(console, "", f"{len(answers) - 1} of them, those marked = are right:", *lines.aligned(answers))
+    _print(console, "", f"{len(answers)} of them:", *lines.records(labels, answers, width=width, has_header=True))
     _print(console, "", f"The run lies in {out}. Ask it:", f"  crossattention predict {out} {shlex.join(to_ask)}")
 
 
-def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[list[str]], list[str]]:
-    """Rows of mark, text, prediction, (IPA,) the data's answers; and texts to ask the run for."""
+def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[str], list[list[str]], list[str]]:
+    """Labels and rows of some unseen examples with the model's answers; and texts to ask the run for."""
     if order.recipe == "g2p":
         from crossattention.recipes.g2p import unseen_words
 
-        found = unseen_words(loaded.translator, stressed=order.config.stressed, count=NUM_EXAMPLES)
-        rows = [
+        words = unseen_words(loaded.translator, stressed=order.config.stressed, count=NUM_EXAMPLES)
+        answers = [
             [
                 _mark(word.predicted, word.references),
                 word.word,
@@ -115,20 +117,20 @@ def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[list[str]],
                 lines.spoken(word.ipa),
                 " | ".join(word.references),
             ]
-            for word in found
+            for word in words
         ]
-        return [["", "word", "model", "IPA", "dictionary"], *rows], NEW_WORDS
+        return ["right", "word", "model", "IPA", "dictionary"], answers, NEW_WORDS
     pairs = task.parts.test[:NUM_EXAMPLES]
     predictions = loaded.translator.predict_all([source for source, _ in pairs])
-    rows = [
+    answers = [
         [_mark(found.text, [target]), escaped(source), lines.or_nothing(found.text), escaped(target)]
         for (source, target), found in zip(pairs, predictions, strict=True)
     ]
-    return [["", "source", "model", "data"], *rows], [pairs[0][0]]
+    return ["right", "source", "model", "data"], answers, [pairs[0][0]]
 
 
 def _mark(predicted: str, references: Sequence[str]) -> str:
-    return "=" if predicted in references else " "
+    return "yes" if predicted in references else ""
 
 
 def _print(console: Console, *texts: str) -> None:

@@ -1,0 +1,39 @@
+"""Scoring a run on what its training never saw."""
+
+import json
+
+from cli.conftest import type_in
+
+
+def test_the_table_holds_the_scores(trained):
+    code, stdout, stderr = type_in("evaluate", trained.run)
+    header, scores = stdout.splitlines()
+    assert code == 0
+    assert header.split() == ["cer", "wer", "exact", "pairs", "unreadable"]
+    assert scores.split()[0] == "all"
+    assert stderr.startswith(f"loaded {trained.run / 'best'} (seq2seq, step ")
+
+
+def test_json_says_which_weights_and_how(trained):
+    _, stdout, _ = type_in("evaluate", trained.run, "--json", "--beams", 2)
+    found = json.loads(stdout)
+    assert (found["run"], found["recipe"], found["step"], found["beams"]) == (str(trained.run), "seq2seq", 200, 2)
+    assert len(found["sha256"]) == 64
+    assert set(found["scores"]) == {"cer", "wer", "exact", "pairs", "unreadable"}
+
+
+def test_changed_data_are_not_scored_as_unseen(trained, pairs_file):
+    before = pairs_file.read_bytes()
+    try:
+        pairs_file.write_bytes(before + b"abcd\tD C B A\n")
+        code, _, stderr = type_in("evaluate", trained.run)
+    finally:
+        pairs_file.write_bytes(before)
+    assert code == 2
+    assert f"{pairs_file} has changed since the run was trained" in stderr
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path):
+    code, _, stderr = type_in("evaluate", tmp_path)
+    assert code == 2
+    assert f"{tmp_path} is no run" in stderr
