@@ -7,6 +7,7 @@ g key-value heads, k/v head widths.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Literal, TypeVar
 
@@ -23,6 +24,42 @@ from crossattention.plan.plans import reasons_against
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _tokens = count()
 Part = TypeVar("Part", bound=nn.Module)
+
+
+@lru_cache(maxsize=8192)
+def _cached_sizes(
+    batch: int,
+    query_length: int,
+    context_length: int,
+    query_dim: int,
+    context_dim: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
+    out_dim: int,
+    repeats: int,
+    uses: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Sizes:
+    """`Sizes`, checked once for each combination: a layer asks at every call."""
+    return Sizes(
+        batch=batch,
+        query_length=query_length,
+        context_length=context_length,
+        query_dim=query_dim,
+        context_dim=context_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        out_dim=out_dim,
+        repeats=repeats,
+        uses=uses,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+    )
 
 
 class CrossAttention(nn.Module):
@@ -201,35 +238,20 @@ class CrossAttention(nn.Module):
         device = self.q_proj.weight.device.type
         if dtype is None:
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.q_proj.weight.dtype
-        return Sizes(
-            batch=context_shape[0],
-            query_length=query_length,
-            context_length=context_shape[1],
-            query_dim=self.query_dim,
-            context_dim=self.context_dim,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_head_dim=self.value_head_dim,
-            out_dim=self.out_dim,
-            repeats=repeats,
-            uses=uses,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device,
-        )
+        widths = (self.query_dim, self.context_dim, self.heads, self.kv_heads, self.head_dim, self.value_head_dim, self.out_dim)
+        return _cached_sizes(context_shape[0], query_length, context_shape[1], *widths, repeats, uses, dtype, device)
 
     def _plan_of(self, b: Tensor, query_length: int | None, repeats: int | None, uses: int | None) -> Plan:
         """The plan to prepare B by: pinned, the textbook's inside graphs and without hints, else chosen by size."""
+        is_traced = torch.compiler.is_compiling()
         if isinstance(self._plan, Plan):
-            if not torch.compiler.is_compiling():
+            if not self._plan.is_textbook and not is_traced:
                 refuse_illegal(self._plan, self.forbidden())
             return self._plan
         hinted = query_length is not None or uses is not None or repeats is not None
-        if self._plan == "textbook" or not hinted or torch.compiler.is_compiling():
+        if self._plan == "textbook" or not hinted or is_traced:
             return TEXTBOOK
-        sizes = self._sizes(
-            b.shape, 1 if query_length is None else query_length, 1 if repeats is None else repeats, uses or 1, None
-        )
+        sizes = self._sizes(b.shape, 1 if query_length is None else query_length, repeats or 1, uses or 1, None)
         return choose_plan(sizes, self.forbidden()).plan
 
     # ------------------------------------------------------------------------------------------------- running
@@ -436,18 +458,17 @@ class CrossAttention(nn.Module):
 
         Keys or values that are a view of B share its version, so an edit of B in place is seen through them.
         """
-        modules: list[tuple[str, nn.Module | None]] = []
+        named: list[tuple[str, Tensor]] = []
         if plan.scores != "context":
-            modules += [("k_proj", self.k_proj), ("qk_norm", self.qk_norm), ("positions", self.positions)]
+            named += _named_weights("k_proj", self.k_proj)
+            named += _named_weights("qk_norm", self.qk_norm)
+            named += _named_weights("positions", self.positions)
         if plan.scores == "query":
-            modules.append(("q_proj", self.q_proj))
+            named += _named_weights("q_proj", self.q_proj)
         if plan.values != "context":
-            modules.append(("v_proj", self.v_proj))
+            named += _named_weights("v_proj", self.v_proj)
         if plan.values == "output":
-            modules.append(("out_proj", self.out_proj))
-        named: list[tuple[str, Tensor]] = [
-            (f"{n}.{p}", w) for n, module in modules if module is not None for p, w in module.named_parameters()
-        ]
+            named += _named_weights("out_proj", self.out_proj)
         if plan.scores == "context":
             named.append((KEPT_CONTEXT, keys))
         if plan.values == "context" and values is not keys:
@@ -576,6 +597,16 @@ def biased_projections(bias: bool | Collection[str]) -> frozenset[str]:
     if unknown:
         raise ValueError(f"bias names {', '.join(unknown)}, but the projections are {', '.join(PROJECTIONS)}")
     return frozenset((bias,)) if isinstance(bias, str) else frozenset(bias)
+
+
+def _named_weights(name: str, module: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """A module's parameters under the layer's names; asked for at every `attend`, so plain linears take a short way."""
+    if module is None:
+        return []
+    if type(module) is not nn.Linear:
+        return [(f"{name}.{path}", weight) for path, weight in module.named_parameters()]
+    named: list[tuple[str, Tensor]] = [(f"{name}.weight", module.weight)]
+    return named if module.bias is None else [*named, (f"{name}.bias", module.bias)]
 
 
 def reset_projections(*projections: nn.Linear) -> None:

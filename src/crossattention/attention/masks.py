@@ -69,18 +69,17 @@ def check_attn_mask(mask: Tensor, target: tuple[int, ...]) -> None:
             f"attn_mask of shape {tuple(mask.shape)} does not broadcast to {names} = {target}; sizes are matched from the right, "
             "so a mask for each item is (batch, 1, queries, context)"
         )
-    if torch.compiler.is_compiling() or mask.dtype == torch.bool:
+    if torch.compiler.is_compiling() or mask.dtype == torch.bool or mask.numel() == 0:
         return
-    if bool(torch.isnan(mask).any()):
+    highest = float(mask.detach().amax())  # one pass finds both faults: a NaN is the maximum of anything
+    if highest != highest:
         first = torch.isnan(mask).nonzero()[0].tolist()
         raise ValueError(
             f"attn_mask has {int(torch.isnan(mask).sum())} NaN, the first at {first}; use -inf to forbid a pair, 0 to leave it"
         )
-    if bool((mask == torch.inf).any()):
+    if highest == torch.inf:
         first = (mask == torch.inf).nonzero()[0].tolist()
-        raise ValueError(
-            f"attn_mask has +inf at index {first}, which makes the softmax undefined; use -inf to forbid the other pairs"
-        )
+        raise ValueError(f"attn_mask has +inf at index {first}, which makes the softmax undefined; -inf forbids a pair")
 
 
 def fold_repeats(mask: Tensor, repeats: int, query_length: int) -> Tensor:
@@ -108,6 +107,7 @@ def combine_masks(
         context_length: m.
         dtype: dtype of the queries. Float masks are brought to it, or to float32 where the queries are in half precision on a CPU,
             whose kernels take that; a mask in half precision would be the coarsest number of all.
+        device: device of the queries.
     """
     if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu":
         dtype = torch.float32

@@ -5,6 +5,7 @@ Legend: z batch, m context length, h heads, g key-value heads.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,24 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from crossattention.plan import Plan
 
-# Fused optimizers change weights without touching `Tensor._version`; parameters that a stamp watches are counted here instead.
-_optimizer_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Fused optimizers change weights without touching `Tensor._version`; the steps over parameters that a stamp watches are counted
+# here, by the parameter's id, which stays in the table as long as the parameter lives.
+_optimizer_steps: dict[int, int] = {}
 
 
 def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not len(_optimizer_steps):
+    if not _optimizer_steps:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter in _optimizer_steps:
-                _optimizer_steps[parameter] += 1
+            if id(parameter) in _optimizer_steps:
+                _optimizer_steps[id(parameter)] += 1
 
 
 register_optimizer_step_post_hook(_count_steps)
+
+
+def _watch(tensor: Tensor) -> None:
+    """Count the optimizer steps over a parameter from now on."""
+    if isinstance(tensor, nn.Parameter) and id(tensor) not in _optimizer_steps:
+        _optimizer_steps[id(tensor)] = 0
+        weakref.finalize(tensor, _optimizer_steps.pop, id(tensor), None)
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
@@ -39,7 +47,7 @@ def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
         version, address = tensor._version, tensor.data_ptr()
     except RuntimeError:  # inference tensors have no version, wrappers have no address
         version, address = -1, -1
-    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps[tensor] if tensor in _optimizer_steps else 0
+    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps.get(id(tensor))
 
 
 KEPT_CONTEXT = "context"
@@ -65,8 +73,7 @@ class Stamp:
         """A stamp of a layer's token and of the named tensors that the prepared context was made of."""
         named = tuple(tensors)
         for _, tensor in named:
-            if isinstance(tensor, nn.Parameter) and tensor not in _optimizer_steps:
-                _optimizer_steps[tensor] = 0
+            _watch(tensor)
         return cls(owner, tuple(name for name, _ in named), tuple(_fingerprint(tensor) for _, tensor in named))
 
     def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
