@@ -139,7 +139,7 @@ def test_bad_lines_are_counted_where_they_are_left_out(pairs_file, tmp_path):
     assert f"{bad}, line 344: expected 2 columns, got 1" in type_in(*flags(bad, tmp_path / "a"))[2]
     code, stdout, _ = type_in(*flags(bad, tmp_path / "b", "--skip-bad"))
     assert code == 0
-    assert f"left out 1 bad line, such as {bad}, line 344: expected 2 columns, got 1" in stdout
+    assert f"bad lines left out: 1, such as {bad}, line 344: expected 2 columns, got 1" in stdout
 
 
 def test_g2p_shows_arpabet_ipa_and_the_dictionary(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def _read_data(order: Order, console: Console) -> "Task":
         task = order.build_task()
     parts = getattr(task, "parts", None)  # a recipe that reads the user's files tells what it left out
     if parts is not None and parts.skipped:
-        _print(console, f"left out {parts.skipped:,} bad line{"s"[: parts.skipped > 1]}, such as {parts.problems[0]}")
+        _print(console, f"bad lines left out: {parts.skipped:,}, such as {parts.problems[0]}")
     return task
 
 
