@@ -1,6 +1,6 @@
 """The Transformer against `torch.nn`'s encoder and decoder stacks with the same weights: outputs and gradients.
 
-`nn.Transformer` always adds a norm after each stack; the paper has none, so the stacks are built without (`norm=None`) for post-norm.
+`nn.Transformer` always adds a norm after each stack; the paper has none, so for post-norm the stacks are built with `norm=None`.
 `nn.MultiheadAttention` masks in the other sense: True = may not be attended.
 """
 

@@ -1,12 +1,20 @@
-"""Where a position stands: encodings that are added to a sequence, and parts that act inside attention.
+"""Where a position stands: an encoding that is added to a sequence, and parts that act inside attention.
 
-Legend: n queries, m context positions, h heads, k head width, d model width.
+The parts go to `CrossAttention(positions=...)` or `SelfAttention(positions=...)`. Queries and context are counted on one scale: the
+distance of a query at p and a context position at s is p - s.
+
+Legend: z batch, n queries, m context positions, h heads, g key-value heads, k head width, d model width.
 """
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar, Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from crossattention.attention.parts import Forbidden, PositionPart
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -15,7 +23,7 @@ def sinusoidal_positions(positions: Tensor, dim: int, *, dtype: torch.dtype = to
     out[p, 2i] = sin(p / 10000^(2i/d)),   out[p, 2i + 1] = cos(p / 10000^(2i/d))
 
     Args:
-        positions: positions p, any shape; need not be consecutive or start at 0.
+        positions: positions p, any shape; need not be consecutive or start at 0, and may be negative.
         dim: width d of the encoding; even.
         dtype: dtype of the result; angles are computed in float32 at least.
 
@@ -35,7 +43,285 @@ def sinusoidal_positions(positions: Tensor, dim: int, *, dtype: torch.dtype = to
     """
     if dim % 2:
         raise ValueError(f"sinusoidal positions need an even width, got {dim}")
-    angle_dtype = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=angle_dtype) / dim
-    angles = positions.to(angle_dtype).unsqueeze(-1) * 10000.0**-exponents
+    angles = _angles(positions, dim, 10_000.0, dtype)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(dtype)
+
+
+class Rotary(PositionPart):
+    """Turns queries and keys by angles that grow with their positions, so that scores depend on distances only.
+
+    (q_2i + j q_2i+1) e^(j p w_i) for each pair of channels of a query at p, likewise for keys;   w_i = base^(-2i/k)
+
+    Args:
+        base: of the frequencies w; the larger, the slower the slowest.
+        layout: which channels are a pair: "interleaved" 2i and 2i + 1 (the paper), "halves" i and i + k/2 (many checkpoints).
+
+    Raises:
+        ValueError: an unknown layout, a base not above 1; when attending, an odd head width.
+
+    Cost: 2 multiply-adds for each channel of queries and keys.
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
+
+    Example:
+        >>> from crossattention import CrossAttention
+        >>> layer = CrossAttention(12, 10, heads=3, positions=Rotary())
+        >>> frames = torch.tensor([0, 2, 4, 6])  # B runs at half the rate of A
+        >>> layer(torch.randn(2, 8, 12), torch.randn(2, 4, 10), context_positions=frames).shape
+        torch.Size([2, 8, 12])
+    """
+
+    forbids: ClassVar[tuple[Forbidden, ...]] = tuple(
+        Forbidden("scores", space, "rotary positions stand between Wq and Wk, so neither can be absorbed")
+        for space in ("context", "query")
+    )
+
+    def __init__(self, *, base: float = 10_000.0, layout: Literal["interleaved", "halves"] = "interleaved") -> None:
+        super().__init__()
+        if layout not in ("interleaved", "halves"):
+            raise ValueError(f"layout must be interleaved or halves, got {layout!r}")
+        if not base > 1.0:
+            raise ValueError(f"base must be above 1, got {base}")
+        self.base, self.layout = base, layout
+
+    def turn_queries(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Queries (z, h, n, k), turned."""
+        return self._turn(queries, positions)
+
+    def turn_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (z, g, m, k), turned."""
+        return self._turn(keys, positions)
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        width = x.shape[-1]
+        if width % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, so head_dim must be even, got {width}")
+        angles = _angles(positions, width, self.base, x.dtype)
+        if positions.dim() == 2:
+            angles = angles.unsqueeze(1)  # one for all heads
+        sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+        pairs_at = -1 if self.layout == "interleaved" else -2
+        real, imaginary = x.unflatten(-1, (-1, 2) if pairs_at == -1 else (2, -1)).unbind(pairs_at)
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), pairs_at).flatten(-2)
+
+    def extra_repr(self) -> str:
+        """What was given."""
+        return f"base={self.base}, layout={self.layout!r}"
+
+
+class ALiBi(PositionPart):
+    """Takes from each score the distance times a slope of its head.
+
+    scores[z, h, n, m] - slope_h |p_n - s_m|,   slope_h = 2^(-8 h / heads) for h = 1 ... heads
+
+    Where the number of heads is no power of two, the slopes are those of the next lower one, and then every other slope of the next
+    higher one, as in the authors' code. The paper's attention is causal; in both directions the distance counts without its sign.
+
+    Args:
+        heads: number of query heads.
+
+    Raises:
+        ValueError: `heads` below 1.
+
+    Cost: the (z or 1, h, n, m) bias is held in memory, in float32.
+    Source: Press et al. 2021, arXiv:2108.12409, section 3.
+
+    Example:
+        >>> ALiBi(4).slopes
+        (0.25, 0.0625, 0.015625, 0.00390625)
+    """
+
+    adds_to_scores: ClassVar[bool] = True
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        power = 2 ** int(math.log2(heads))
+        slopes = [2.0 ** (-8.0 * head / power) for head in range(1, power + 1)]
+        slopes += [2.0 ** (-4.0 * head / power) for head in range(1, 2 * (heads - power), 2)]
+        self.slopes = tuple(slopes)
+
+    def score_bias(self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float) -> Tensor:
+        """The bias (z or 1, h, n, m)."""
+        distances = _distances(query_positions, context_positions).abs()
+        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=distances.device)
+        return -slopes[:, None, None] * distances
+
+    def extra_repr(self) -> str:
+        """What was given."""
+        return f"heads={len(self.slopes)}"
+
+
+class T5Bias(PositionPart):
+    """Adds to each score a learned number that depends on the head and on the distance's bucket.
+
+    scores[z, h, n, m] + table[bucket(s_m - p_n), h]
+
+    Near distances have a bucket each; farther ones share buckets that widen logarithmically up to `max_distance`, beyond which
+    all distances are alike. T5 does not scale its scores: its layers are built with scale=1.0 beside this part.
+
+    Args:
+        heads: number of query heads.
+        num_buckets: buckets, both directions together.
+        max_distance: where the last bucket begins.
+        bidirectional: whether a context position after the query differs from one before it; if not (causal attention), all
+            after it count as distance 0.
+
+    Raises:
+        ValueError: `heads` below 1, too few buckets, or a `max_distance` within the buckets of single distances.
+
+    Cost: the (z or 1, h, n, m) bias is held in memory; learned masks have no fused kernel while training.
+    Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and the authors' code.
+    """
+
+    adds_to_scores: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
+        self.num_single = self._buckets_a_side() // 2
+        if self.num_single < 1 or (bidirectional and num_buckets % 2):
+            wanted = "an even number of at least 4" if bidirectional else "at least 2"
+            raise ValueError(f"num_buckets must be {wanted}, got {num_buckets}")
+        if max_distance <= self.num_single:
+            raise ValueError(f"max_distance must be above the {self.num_single} single distances, got {max_distance}")
+        self.table = nn.Embedding(num_buckets, heads, device=device, dtype=dtype)
+
+    def score_bias(self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float) -> Tensor:
+        """The bias (z or 1, h, n, m)."""
+        buckets = self.buckets_of(-_distances(query_positions, context_positions).squeeze(1))
+        return self.table(buckets).permute(0, 3, 1, 2)
+
+    def buckets_of(self, offsets: Tensor) -> Tensor:
+        """Bucket of each offset s - p of a context position from a query; any shape."""
+        a_side, single = self._buckets_a_side(), self.num_single
+        after = torch.where(offsets > 0, a_side, 0) if self.bidirectional else 0
+        distances = offsets.abs() if self.bidirectional else (-offsets).clamp(min=0)
+        # In float32 as in the checkpoints' code, which decides where a distance lies on the edge of two buckets.
+        ratio = (distances.clamp(min=1).float() / single).log() / math.log(self.max_distance / single)
+        far = (single + (ratio * (a_side - single)).long()).clamp(max=a_side - 1)
+        return after + torch.where(distances < single, distances, far)
+
+    def _buckets_a_side(self) -> int:
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    def extra_repr(self) -> str:
+        """What was given, but for the table."""
+        return f"num_buckets={self.num_buckets}, max_distance={self.max_distance}, bidirectional={self.bidirectional}"
+
+
+class RelativeLogits(PositionPart):
+    """Adds to each score what the query has to say of the distance: Transformer-XL's position logits, which RETRO uses.
+
+    scores[z, h, n, m] + scale (q[z, h, n] + bias_h) . (Wr r(p_n - s_m))_h,   r(p) the sinusoids of p
+
+    q is the projected query, its bias included. Transformer-XL's u is then the bias of `q_proj`, and its v the sum of that and the
+    bias here.
+
+    Args:
+        dim: width d of the sinusoids; even.
+        heads: number of query heads.
+        head_dim: their width, k.
+        bias: whether there is a bias_h.
+        max_distance: distances beyond it count as it, either way; None lets every distance be itself.
+
+    Raises:
+        ValueError: a size below 1, an odd `dim`.
+
+    Cost: with max_distance D, 2 D + 1 distances are projected once for the whole batch, d h k multiply-adds each, and every query
+        meets them all in width k: for long batches. Without, each query is brought to width d, d h k multiply-adds each, and
+        each pair costs d h: for few queries, as in decoding.
+    Source: Dai et al. 2019, arXiv:1901.02860, section 3.3; in RETRO: Borgeaud et al. 2021, arXiv:2112.04426.
+    """
+
+    adds_to_scores: ClassVar[bool] = True
+    reads_queries: ClassVar[bool] = True
+    forbids: ClassVar[tuple[Forbidden, ...]] = (
+        Forbidden("scores", "query", "relative logits read the projected queries, which this meeting space never makes"),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool = True,
+        max_distance: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("heads", heads), ("head_dim", head_dim), ("max_distance", max_distance)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if dim % 2:
+            raise ValueError(f"dim must be even, as sinusoids come in pairs, got {dim}")
+        self.dim, self.heads, self.head_dim, self.max_distance = dim, heads, head_dim, max_distance
+        self.r_proj = nn.Linear(dim, heads * head_dim, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim, device=device, dtype=dtype)) if bias else None
+        nn.init.xavier_uniform_(self.r_proj.weight)
+
+    def score_bias(self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float) -> Tensor:
+        """The logits (z, h, n, m)."""
+        assert queries is not None
+        if self.bias is not None:
+            queries = queries + self.bias.unsqueeze(1)
+        queries = queries * scale
+        if self.max_distance is None:
+            return self._by_angles(queries, query_positions, context_positions)
+        return self._by_table(queries, query_positions, context_positions, self.max_distance)
+
+    def _by_table(self, queries: Tensor, query_positions: Tensor, context_positions: Tensor, furthest: int) -> Tensor:
+        """Each query meets every distance that there is, then each pair takes its own."""
+        distances = _distances(query_positions, context_positions).clamp(-furthest, furthest)
+        known = torch.arange(-furthest, furthest + 1, device=distances.device)
+        projected = self.r_proj(sinusoidal_positions(known, self.dim, dtype=queries.dtype))
+        logits = torch.einsum("zhnk,uhk->zhnu", queries, projected.unflatten(-1, (self.heads, self.head_dim)))
+        z = max(logits.shape[0], distances.shape[0])
+        index = (distances + furthest).expand(z, self.heads, -1, -1)
+        return logits.expand(z, -1, -1, -1).gather(-1, index)
+
+    def _by_angles(self, queries: Tensor, query_positions: Tensor, context_positions: Tensor) -> Tensor:
+        """Each query, brought to the sinusoids' width and turned by its own position, meets the context's sinusoids.
+
+        x sin(p - s) + y cos(p - s) = (y sin p - x cos p) sin s + (x sin p + y cos p) cos s, for each frequency.
+        """
+        weight = self.r_proj.weight.unflatten(0, (self.heads, self.head_dim))
+        wide = torch.einsum("zhnk,hkd->zhnd", queries, weight)
+        x, y = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        angles = _angles(query_positions, self.dim, 10_000.0, wide.dtype)
+        if query_positions.dim() == 2:
+            angles = angles.unsqueeze(1)
+        sin, cos = angles.sin().to(wide.dtype), angles.cos().to(wide.dtype)
+        turned = torch.stack((y * sin - x * cos, x * sin + y * cos), -1).flatten(-2)
+        context = sinusoidal_positions(context_positions, self.dim, dtype=wide.dtype)
+        return turned @ (context.unsqueeze(1) if context.dim() == 3 else context).transpose(-1, -2)
+
+    def extra_repr(self) -> str:
+        """What was given, but for the projection."""
+        return f"heads={self.heads}, head_dim={self.head_dim}, max_distance={self.max_distance}"
+
+
+def _angles(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """P / base^(2i/dim) for i = 0 ... dim/2 - 1, (*positions.shape, dim / 2), in float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
+    return positions.to(dtype).unsqueeze(-1) * base**-exponents
+
+
+def _distances(query_positions: Tensor, context_positions: Tensor) -> Tensor:
+    """P - s for every pair, (z or 1, 1, n, m)."""
+    pairs = query_positions.unsqueeze(-1) - context_positions.unsqueeze(-2)
+    return pairs[None, None] if pairs.dim() == 2 else pairs.unsqueeze(1)

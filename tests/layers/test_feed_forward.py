@@ -1,0 +1,53 @@
+"""The feed-forward layer against its formula, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from crossattention.layers.feed_forward import FeedForward
+from tolerances import assert_close
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [
+        ("relu", lambda x: x.clamp(min=0)),
+        ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+        (nn.Tanh(), torch.tanh),
+    ],
+)
+def test_it_is_two_projections_with_the_activation_between(activation, formula, bias: bool) -> None:
+    layer = FeedForward(6, 11, out_dim=7, activation=activation, bias=bias, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    hidden = x @ layer.up_proj.weight.T + (layer.up_proj.bias if bias else 0)
+    wanted = formula(hidden) @ layer.down_proj.weight.T + (layer.down_proj.bias if bias else 0)
+    assert (layer.up_proj.bias is not None) == (layer.down_proj.bias is not None) == bias
+    assert_close(layer(x), wanted)
+
+
+def test_dropout_acts_on_the_hidden_units_in_training_only() -> None:
+    layer = FeedForward(4, 1000, dropout=0.25)
+    seen = []
+    layer.down_proj.register_forward_pre_hook(lambda _, args: seen.append((args[0] == 0).float().mean().item()))
+    with torch.no_grad():
+        layer.up_proj.bias.fill_(100.0)
+        layer(torch.randn(3, 4))
+        layer.eval()(torch.randn(3, 4))
+    assert seen[0] == pytest.approx(0.25, abs=0.04)
+    assert seen[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"hidden_dim": -3}, "hidden_dim must be at least 1, got -3"),
+        ({"out_dim": 0}, "out_dim must be at least 1, got 0"),
+        ({"activation": "swish"}, "activation must be one of relu, gelu or a module, got 'swish'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_impossible_layers_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeedForward(**{"dim": 4, "hidden_dim": 5, **arguments})
