@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -432,6 +433,26 @@ def test_wrong_dtypes_say_both():
     a, b = make_inputs()
     assert "queries are torch.float32 but the layer's weights are torch.float64" in error_of(lambda: layer(a.float(), b))
     assert "context are torch.float32" in error_of(lambda: layer(a, b.float()))
+
+
+def test_what_is_no_dense_tensor_is_refused_by_its_type():
+    layer = make_layer()
+    a, b = make_inputs()
+    assert "context must be a tensor (batch, length, width), got list" in error_of(lambda: layer(a, [b[0], b[1]]), TypeError)
+    assert "queries must be a tensor" in error_of(lambda: layer.attend([1.0], layer.prepare(b)), TypeError)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
+        nested = torch.nested.nested_tensor([b[0, :3].detach(), b[1].detach()], layout=torch.jagged)
+    assert "got a nested one; pad it" in error_of(lambda: layer.prepare(nested), TypeError)
+
+
+def test_a_context_prepared_under_autocast_is_refused_outside_of_it():
+    layer = make_layer("textbook", dtype=torch.float32)
+    a, b = make_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = layer.prepare(b)
+    message = error_of(lambda: layer.attend(a, prepared))
+    assert "the prepared context is torch.bfloat16 but the queries are torch.float32" in message and "torch.autocast" in message
 
 
 def test_wrong_masks_say_shape_and_dtype():

@@ -286,6 +286,8 @@ class CrossAttention(nn.Module):
 
         Cost: see `plan_for`.
         """
+        check_is_tensor("queries", a)
+        check_is_tensor("context", b)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
         self._check_tensor("queries", a)
         plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1)
@@ -328,6 +330,7 @@ class CrossAttention(nn.Module):
             >>> layer.attend(torch.randn(2, 3, 1, 48), prepared).shape  # 3 beams read one context
             torch.Size([2, 3, 1, 48])
         """
+        check_is_tensor("context", b)
         self._check_context(tuple(b.shape))
         for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
             if hint is not None and hint < (0 if name == "query_length" else 1):
@@ -376,9 +379,7 @@ class CrossAttention(nn.Module):
                 "context_mask belongs to the prepared context and would be ignored here; pass it to prepare(b, context_mask=...), "
                 "or mask single pairs with attn_mask"
             )
-        self._check_prepared(prepared)
-        self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
-        self._check_tensor("queries", a)
+        self._check_attendable(a, prepared)
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def _prepare(
@@ -443,9 +444,7 @@ class CrossAttention(nn.Module):
 
         `crossattention.attention_map` is the public way here.
         """
-        self._check_prepared(prepared)
-        self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
-        self._check_tensor("queries", a)
+        self._check_attendable(a, prepared)
         queries, mask = self._meet(a, prepared, attn_mask, query_positions)
         weights = execute.explicit_weights(queries, prepared.keys, mask, self.scale)
         weights = weights.expand(prepared.batch, -1, -1, -1)
@@ -474,6 +473,18 @@ class CrossAttention(nn.Module):
         if plan.values == "context" and values is not keys:
             named.append((KEPT_CONTEXT, values))
         return named
+
+    def _check_attendable(self, a: Tensor, prepared: PreparedContext) -> None:
+        """Whether these queries may read this prepared context."""
+        check_is_tensor("queries", a)
+        self._check_prepared(prepared)
+        self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
+        self._check_tensor("queries", a)
+        if prepared.keys.dtype != a.dtype and not torch.is_autocast_enabled(a.device.type):
+            raise ValueError(
+                f"the prepared context is {prepared.keys.dtype} but the queries are {a.dtype}; attend under the "
+                "torch.autocast that prepare ran under, or prepare again outside of it"
+            )
 
     def _check_prepared(self, prepared: PreparedContext) -> None:
         if torch.compiler.is_compiling() or prepared.stamp.owner is None:
@@ -565,6 +576,17 @@ def check_size(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_is_tensor(name: str, value: object) -> None:
+    """Refuse what is no dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor (batch, length, width), got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; pad it with nested.to_padded_tensor(0.0) and say in "
+            "context_mask what is real"
+        )
 
 
 def head_widths(
