@@ -71,6 +71,14 @@ def test_tied_weights_are_stored_once_and_read_under_every_name(tmp_path):
     assert read["embedding"].data_ptr() == read["output"].data_ptr()
 
 
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    (tmp_path / "plain").touch()
+    write_safetensors(tmp_path / "a.safetensors", some_tensors())
+    write_json(tmp_path / "a.json", {})
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "a.safetensors", "a.json")}
+    assert len(modes) == 1
+
+
 def test_other_programs_can_read_the_file(tmp_path):
     from safetensors import safe_open
 

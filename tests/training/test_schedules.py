@@ -45,6 +45,9 @@ def test_an_unknown_length_keeps_the_highest_rate(name):
     assert factor_at(name, 80, warmup_steps=10, total_steps=None) == 1
 
 
-def test_a_run_shorter_than_its_warm_up_only_rises():
-    factors = [factor_at("cosine", step, warmup_steps=400, total_steps=3) for step in (1, 2, 3)]
-    assert factors == [1 / 400, 2 / 400, 3 / 400]
+@pytest.mark.parametrize("name", ALL)
+def test_a_warm_up_takes_at_most_a_fifth_of_the_run(name):
+    factors = [factor_at(name, step, warmup_steps=400, total_steps=20) for step in range(1, 21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors == [factor_at(name, step, warmup_steps=4, total_steps=20) for step in range(1, 21)]
+    assert factor_at(name, 1, warmup_steps=400, total_steps=3) == 1

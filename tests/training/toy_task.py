@@ -92,7 +92,7 @@ class ToyTask:
 
 
 def toy_config(**fields):
-    defaults = dict(learning_rate=0.05, warmup_steps=5, log_every=5, evaluations=4, threads=1, device="cpu")
+    defaults = dict(learning_rate=0.05, warmup_steps=4, log_every=5, evaluations=4, threads=1, device="cpu")
     if not {"minutes", "steps", "epochs"} & set(fields):
         fields["steps"] = 20
     return TrainConfig(**{**defaults, **fields})

@@ -61,7 +61,10 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], *, metada
         header[_ALIASES] = json.dumps(aliases, sort_keys=True)
     with new_file(path) as beside:
         try:
+            beside.touch()
+            permissions = beside.stat().st_mode  # those that the user's new files have; the library's are private
             save_file(stored, beside, metadata=header)
+            beside.chmod(permissions)
         except SafetensorError as error:  # the library's own type hides that the disk is full or the folder gone
             raise OSError(f"could not write {path}: {error}") from error
 

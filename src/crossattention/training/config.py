@@ -28,7 +28,7 @@ class TrainConfig:
         learning_rate: the highest learning rate, reached at the end of the warm-up. The 2017 paper's is
             (dim * warmup_steps) ** -0.5 with the schedule "inverse-sqrt".
         schedule: what the learning rate does after the warm-up.
-        warmup_steps: steps over which the learning rate rises in a line from 0.
+        warmup_steps: steps over which the learning rate rises in a line from 0; at most a fifth of the run.
         optimizer: what makes a step of a gradient.
         weight_decay: decoupled weight decay, on matrices only (no biases, norms or vectors).
         betas: AdamW's decay rates of the two running means.

@@ -32,7 +32,7 @@ from crossattention.training.randomness import (
     restore_random_state,
     seed_everything,
 )
-from crossattention.training.schedules import factor_at
+from crossattention.training.schedules import factor_at, warmup_of
 from crossattention.training.state import State
 from crossattention.training.tasks import Batch, Evaluation, Task
 
@@ -255,11 +255,9 @@ class _Run:
         )
 
     def _note_warm_up(self) -> None:
-        total, warmup = self.progress.total_steps, self.config.warmup_steps
-        if total is not None and warmup > total:
-            self.notes.append(
-                f"warmup_steps={warmup} is more than the run's {total} steps: the learning rate stays below its highest"
-            )
+        total, wanted = self.progress.total_steps, self.config.warmup_steps
+        if total is not None and warmup_of(wanted, total) < wanted:
+            self.notes.append(f"warmup_steps={wanted} becomes {warmup_of(wanted, total)}, a fifth of the run's {total} steps")
 
     def _environment(self) -> dict[str, Any]:
         """What changes the last bits of the weights."""

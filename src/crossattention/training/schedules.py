@@ -2,6 +2,7 @@
 
 Steps are counted from 1; the factor is 1 at the end of the warm-up and never 0, so that every step learns.
 `total_steps` is None while the length of a run is still being measured; what comes after the warm-up then stays at 1.
+A warm-up takes at most a fifth of the run: in a run of minutes nobody knows beforehand how many steps that is.
 """
 
 import math
@@ -14,21 +15,32 @@ ScheduleName = Literal["cosine", "inverse-sqrt", "linear", "constant"]
 def factor_at(name: ScheduleName, step: int, *, warmup_steps: int, total_steps: int | None) -> float:
     """The factor of a schedule at a step, warm-up included.
 
-    factor = step / warmup_steps during the warm-up, then the schedule's own decay.
+    factor = step / warm-up during the warm-up, then the schedule's own decay.
 
     Args:
         name: which schedule.
         step: the step about to be taken, from 1.
-        warmup_steps: length of the rise; 0 for none.
+        warmup_steps: length of the rise; 0 for none. See `warmup_of` for short runs.
         total_steps: length of the run, or None where not yet known.
 
     Example:
-        >>> [factor_at("linear", step, warmup_steps=2, total_steps=5) for step in (1, 2, 3, 4, 5)]
-        [0.5, 1.0, 0.75, 0.5, 0.25]
+        >>> [factor_at("linear", step, warmup_steps=2, total_steps=17) for step in (1, 2, 6, 14)]
+        [0.5, 1.0, 0.75, 0.25]
     """
+    warmup_steps = warmup_of(warmup_steps, total_steps)
     if step < warmup_steps:
         return step / warmup_steps
     return _DECAYS[name](step, warmup_steps, total_steps)
+
+
+def warmup_of(warmup_steps: int, total_steps: int | None) -> int:
+    """The steps that the warm-up really takes: those asked for, or a fifth of the run where that is less.
+
+    Example:
+        >>> warmup_of(400, 10_000), warmup_of(400, 300)
+        (400, 60)
+    """
+    return warmup_steps if total_steps is None else min(warmup_steps, total_steps // 5)
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int | None) -> float:
