@@ -320,6 +320,14 @@ def test_a_source_stops_as_soon_as_no_live_beam_can_win() -> None:
     assert (first.is_finished, second.is_finished, len(second.ids)) == (True, False, 40)
 
 
+def test_a_penalty_below_zero_bounds_live_beams_by_their_next_length() -> None:
+    # 3 and then the end has log 0.7 x 7/6, better than the end at once; at the limit it would have log 0.7 x 45/6.
+    toy = Toy(chain({END: 0.3, 3: 0.7}, {END: 1.0})[None])
+    ((found,),) = beam_search(toy, torch.zeros(1, 1, dtype=torch.long), beams=2, length_penalty=-1.0, max_length=40)
+    assert found.ids == (3,)
+    assert found.score == pytest.approx(math.log(0.7) * 7 / 6)
+
+
 def test_sources_that_are_done_leave_the_batch() -> None:
     ends_after = [chain({3: 1.0}, {END: 1.0}), chain({3: 1.0}, {4: 1.0}, {5: 1.0}, {END: 1.0}), chain({END: 1.0})]
     source = torch.tensor([[2], [0], [1], [0]])
