@@ -22,6 +22,11 @@ def test_json_says_which_weights_and_how(trained):
     assert set(found["scores"]) == {"cer", "wer", "exact", "pairs", "unreadable"}
 
 
+def test_beams_reach_the_search(trained, monkeypatch):
+    monkeypatch.setattr("crossattention.recipes.run.evaluate", lambda run, *, beams: {"exact": beams / 10})
+    assert "30.0 %" in type_in("evaluate", trained.run, "--beams", 3)[1]
+
+
 def test_changed_data_are_not_scored_as_unseen(trained, pairs_file):
     before = pairs_file.read_bytes()
     try:

@@ -89,10 +89,10 @@ def _answer(ask: Ask, batch: list[Question], *, skip_bad: bool) -> tuple[list[An
             return [], ValueError(f"{question.place}{fault}{advice}")
     answers: list[Answer] = []
     for question in batch:  # one by one, to answer those that can be read
-        found, fault = _answer(ask, [question], skip_bad=skip_bad)
+        found, stopper = _answer(ask, [question], skip_bad=skip_bad)
         answers += found
-        if fault is not None:
-            return answers, fault
+        if stopper is not None:
+            return answers, stopper
     return answers, None
 
 
