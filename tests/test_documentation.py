@@ -68,6 +68,25 @@ def test_the_readme_names_the_two_commands() -> None:
     assert "pip install -e '.[test]' && pytest" in lines
 
 
+def tree_paths(page: str) -> list[str]:
+    """The paths that an annotated tree names: two spaces of indentation a level, the name first."""
+    (tree,) = re.findall(r"^```text\n(src/crossattention/\n.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    open_folders: list[str] = []
+    paths = []
+    for line in tree.splitlines():
+        level = (len(line) - len(line.lstrip())) // 2
+        open_folders[level:] = [line.split()[0]]
+        paths.append("".join(open_folders))
+    return paths
+
+
+def test_the_readme_s_tree_is_the_tree() -> None:
+    paths = tree_paths((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    rooms = {f"src/crossattention/{init.parent.name}/" for init in (SOURCE / "crossattention").glob("*/__init__.py")}
+    assert {path for path in paths if path.count("/") == 3 and path.endswith("/")} == rooms
+
+
 @pytest.mark.parametrize(
     ("page", "error"),
     [
@@ -82,7 +101,5 @@ def test_a_wrong_block_fails(page: str, error: type[Exception]) -> None:
 
 
 def test_blocks_share_their_names_and_other_fences_do_not_run() -> None:
-    names = run_blocks(
-        "```python\nx = 1\n```\n```console\nrm x\n```\n```python\n>>> x + 1\n2\n>>> y = 5\n```\n", "page"
-    )
+    names = run_blocks("```python\nx = 1\n```\n```console\nrm x\n```\n```python\n>>> x + 1\n2\n>>> y = 5\n```\n", "page")
     assert (names["x"], names["y"]) == (1, 5)

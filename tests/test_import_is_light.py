@@ -30,9 +30,7 @@ def ours() -> set[str]:
     return modules_after("import crossattention")
 
 
-def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring(
-    ours: set[str], torch_alone: set[str]
-) -> None:
+def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring(ours: set[str], torch_alone: set[str]) -> None:
     assert outside(ours) - outside(torch_alone) == {"crossattention"}
 
 
@@ -41,7 +39,5 @@ def test_import_does_not_start_the_compiler(ours: set[str], torch_alone: set[str
     assert ours & compilers - torch_alone == set()
 
 
-@pytest.mark.parametrize("heavy", ["rich", "matplotlib.figure", "accelerate"])
-def test_a_heavy_import_would_be_seen(heavy: str, torch_alone: set[str]) -> None:
-    pytest.importorskip(heavy)
-    assert outside(modules_after(f"import torch, {heavy}")) - outside(torch_alone) >= {heavy.split(".")[0]}
+def test_a_heavy_import_would_be_seen(torch_alone: set[str]) -> None:
+    assert "rich" in outside(modules_after("import torch, safetensors, safetensors.torch, rich")) - outside(torch_alone)
