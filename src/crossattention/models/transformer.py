@@ -551,11 +551,10 @@ def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, *, pad_id: int,
     if not 0 <= pad_id < vocab_size:
         raise ValueError(f"pad_id={pad_id} is outside the {vocab_size} symbols")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_norm = logits.logsumexp(-1)
-    loss = log_norm - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    if smoothing > 0.0:
-        # The padding's logit is left out of the sum, not subtracted from it: it may be -inf.
-        total = logits[..., :pad_id].sum(-1) + logits[..., pad_id + 1 :].sum(-1)
-        loss = (1.0 - smoothing) * loss + smoothing * (log_norm - total / (vocab_size - 1))
-    is_real = labels != pad_id
-    return loss.masked_fill(~is_real, 0.0).sum() / is_real.sum().clamp(min=1)
+    share = smoothing / (vocab_size - 1)
+    q = torch.full_like(logits, share, requires_grad=False)
+    q[..., pad_id] = 0.0
+    q.scatter_(-1, labels.unsqueeze(-1), 1.0 - smoothing + share)
+    losses = F.cross_entropy(logits.flatten(0, -2), q.flatten(0, -2), reduction="none")
+    is_real = (labels != pad_id).flatten()
+    return losses.masked_fill(~is_real, 0.0).sum() / is_real.sum().clamp(min=1)
