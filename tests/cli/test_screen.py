@@ -168,6 +168,10 @@ def test_an_evaluation_without_an_example_keeps_the_one_before():
     assert "reads   [red]odd" in seen
 
 
+def test_a_process_without_events_draws_nothing():
+    assert "starting" not in drawn(LiveScreen(console(force_terminal=True)), [])
+
+
 def test_the_terminal_is_whole_again_after_a_fault():
     screen = LiveScreen(console(force_terminal=True))
     with pytest.raises(KeyboardInterrupt), screen:

@@ -107,7 +107,6 @@ class LiveScreen:
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        self.live.start()
         return self
 
     def __exit__(self, *fault: object) -> None:
@@ -116,6 +115,7 @@ class LiveScreen:
 
     def draw(self, event: Event) -> None:
         """Redraw what an event changes."""
+        self.live.start()  # not before: of several processes only the first gets events, and only it may draw
         if isinstance(event, Started):
             self._scroll(*lines.started(event))
         elif isinstance(event, Step):

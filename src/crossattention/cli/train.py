@@ -62,7 +62,7 @@ def _train(task: "Task", order: Order, console: Console) -> bool:
         KeyboardInterrupt: Ctrl-C, with the command that resumes.
         SystemExit: SIGTERM.
     """
-    from crossattention.training.events import Finished, Interrupted
+    from crossattention.training.events import Finished, Interrupted, Started
     from crossattention.training.folder import RunFolder
     from crossattention.training.loop import train
 
@@ -70,6 +70,8 @@ def _train(task: "Task", order: Order, console: Console) -> bool:
     try:
         with screen_for(console) as screen:
             for event in train(task, order.training, order.run.out, resume=order.run.resume):
+                if isinstance(event, Started):
+                    _print(console, f"training {order.recipe} in {order.run.out}; Ctrl-C saves where it stands")
                 screen.draw(event)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not RunFolder(order.run.out).config_file.is_file():
@@ -81,7 +83,7 @@ def _train(task: "Task", order: Order, console: Console) -> bool:
             raise
         raise KeyboardInterrupt(message) from None
     if isinstance(event, Finished):
-        console.print(Text(lines.finished(event)))
+        _print(console, lines.finished(event))
     return isinstance(event, Finished)
 
 

@@ -31,8 +31,19 @@ def weights_digest(run: "Run") -> str:
 
 
 def waiting(what: str) -> AbstractContextManager[object]:
-    """Show on stderr, if that is a terminal, that something takes its time."""
+    """Show on stderr, if that is a terminal, that something takes its time, and how much it took."""
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    return console.status(what, spinner="line") if console.is_terminal else nullcontext()
+    if not console.is_terminal:
+        return nullcontext()
+    progress = Progress(
+        SpinnerColumn("line"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    progress.add_task(what, total=None)
+    return progress
