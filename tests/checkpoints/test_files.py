@@ -237,6 +237,25 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, can_swap):
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
+def test_everything_is_flushed_before_the_folder_appears_and_its_name_after(tmp_path, monkeypatch):
+    flushed = []
+    flush = os.fsync
+
+    def watched(descriptor):
+        status = os.fstat(descriptor)
+        flushed.append((status.st_ino, (tmp_path / "best").exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with new_folder(tmp_path / "best") as beside:
+        (beside / "deep").mkdir()
+        (beside / "deep" / "file").write_text("some")
+    before = {inode for inode, has_appeared in flushed if not has_appeared}
+    inodes = [(tmp_path / name).stat().st_ino for name in ("best", "best/deep", "best/deep/file")]
+    assert before == set(inodes)
+    assert flushed[-1] == (tmp_path.stat().st_ino, True)
+
+
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
     with new_folder(tmp_path / "best") as beside:
         (beside / "one").write_text("one")

@@ -14,6 +14,7 @@ from crossattention.checkpoints.files import read_json, read_safetensors
 from crossattention.training.events import Evaluated, Finished, Interrupted, Saved, Started, Step
 from crossattention.training.folder import RunFolder
 from crossattention.training.loop import train
+from crossattention.training.schedules import factor_at
 from crossattention.training.tasks import Evaluation
 from training.toy_task import ToyTask, toy_config
 
@@ -160,31 +161,44 @@ def test_the_first_step_equals_one_written_by_hand(tmp_path):
     assert_bitwise_equal(trained, model.state_dict())
 
 
-def test_clipping_bounds_the_gradient(tmp_path):
-    seen = []
-
-    class Watching(ToyTask):
-        def build_model(self):
-            self.model = super().build_model()
-            return self.model
-
-        def batch_at(self, step):
-            return super().batch_at(step)
-
-    def norm_before_step(optimizer, arguments, options):
-        norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
-        seen.append(torch.stack(norms).norm().item())
-
+@pytest.fixture
+def before_steps():
+    """Lists what the functions put into it see of an optimizer just before each of its steps."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    handle = register_optimizer_step_pre_hook(norm_before_step)
-    try:
-        events = list(train(Watching(), toy_config(clip_norm=0.5, steps=5), tmp_path / "run"))
-    finally:
-        handle.remove()
+    looks, seen = [], []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *rest: seen.extend(look(optimizer) for look in looks))
+    yield looks, seen
+    handle.remove()
+
+
+def test_every_step_takes_the_rate_of_the_schedule(tmp_path, before_steps):
+    looks, seen = before_steps
+    looks.append(lambda optimizer: {group["lr"] for group in optimizer.param_groups})
+    list(train(ToyTask(), toy_config(schedule="linear"), tmp_path / "run"))
+    assert seen == [{0.05 * factor_at("linear", step, warmup_steps=4, total_steps=20)} for step in range(1, 21)]
+
+
+def test_clipping_bounds_the_gradient(tmp_path, before_steps):
+    looks, seen = before_steps
+    looks.append(lambda adamw: torch.stack([p.grad.norm() for g in adamw.param_groups for p in g["params"]]).norm().item())
+    events = list(train(ToyTask(), toy_config(clip_norm=0.5, steps=5), tmp_path / "run"))
     assert len(seen) == 5
     assert all(norm <= 0.5001 for norm in seen)
     assert of_kind(events, Step)[0].gradient_norm > 0.5
+
+
+def test_the_loss_of_an_event_is_the_mean_since_the_last(tmp_path):
+    losses = []
+
+    class Watching(ToyTask):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            losses.append(loss.item())
+            return loss
+
+    steps = of_kind(train(Watching(), toy_config(), tmp_path / "run"), Step)
+    assert [step.loss for step in steps] == pytest.approx([sum(losses[i : i + 5]) / 5 for i in (0, 5, 10, 15)])
 
 
 def test_bf16_runs_the_loss_under_autocast_and_keeps_float32_weights(tmp_path):
