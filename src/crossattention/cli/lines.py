@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 from crossattention.training.events import Evaluated, Finished, Started, Step
 from crossattention.views.alignment import escaped
@@ -152,3 +152,13 @@ def or_nothing(text: str) -> str:
 def spoken(ipa: str | None) -> str:
     """IPA between its strokes; nothing where there is none."""
     return f"/{escaped(ipa)}/" if ipa else ""
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most so many terminal cells; an ellipsis stands for what is cut off.
+
+    Example:
+        >>> shortened("T IH T IH T IH", 8)
+        'T IH T…'
+    """
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1).rstrip()}…"

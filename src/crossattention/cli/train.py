@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 10
 WIDTH_OF_A_LOG = 120
+WIDEST_ANSWER = 30  # a young model may stammer without end
 NEW_WORDS = ["zoomified", "blorkworthy", "crossattention"]
 
 
@@ -115,8 +116,8 @@ def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[str], list[
             [
                 _mark(word.predicted, word.references),
                 word.word,
-                lines.or_nothing(word.predicted),
-                lines.spoken(word.ipa),
+                lines.shortened(lines.or_nothing(word.predicted), WIDEST_ANSWER),
+                lines.shortened(lines.spoken(word.ipa), WIDEST_ANSWER),
                 " | ".join(word.references),
             ]
             for word in words
