@@ -218,7 +218,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     model.load_state_dict(weights)
 
 
-def _build(cls: type, folder: Path, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+def _build(cls: Any, folder: Path, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
     from crossattention.checkpoints.files import read_safetensors
 
     known = {field.name for field in fields(cls.config_class)}
