@@ -33,12 +33,6 @@ def test_a_context_that_is_read_often_is_projected_once():
     assert often.values == "head"
 
 
-def test_without_hints_the_textbook_is_chosen_and_says_why():
-    sizes = Sizes(1, 1, 65536, 768, 768, 12, 12, 64, 64, 768)
-    choice = choose_plan(sizes, uses_known=False)
-    assert choice.plan == TEXTBOOK and "nothing was said of the reads" in choice.why
-
-
 @given(sizes)
 def test_the_choice_is_legal_and_never_dearer_than_the_textbook(size):
     choice = choose_plan(size)

@@ -22,6 +22,14 @@ from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Si
 from crossattention.plan.plans import reasons_against
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ABSORBED: tuple[tuple[str, Literal["scores", "values"], str], ...] = (
+    ("q_proj", "scores", "query"),
+    ("k_proj", "scores", "context"),
+    ("v_proj", "values", "context"),
+    ("out_proj", "values", "output"),
+)
+"""The projection whose weight each meeting space, other than the textbook's, moves to the other side."""
+
 _tokens = count()
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -166,22 +174,13 @@ class CrossAttention(nn.Module):
             refuse_illegal(plan, self.forbidden())
         self._plan = plan
 
-    def forbidden(self, dtype: torch.dtype | None = None) -> tuple[Forbidden, ...]:
-        """The meeting spaces that this layer's parts, projections and dtype forbid, each with its reason.
-
-        Args:
-            dtype: dtype that the work runs in; default the weights'.
-        """
+    def forbidden(self) -> tuple[Forbidden, ...]:
+        """The meeting spaces that this layer's parts and projections forbid, each with its reason; no dtype forbids any."""
         found = [f for part in (self.qk_norm, self.positions) if part is not None for f in part.forbids]
-        for name, absorbed in (
-            ("q_proj", (("scores", "query"),)),
-            ("k_proj", (("scores", "context"),)),
-            ("v_proj", (("values", "context"),)),
-            ("out_proj", (("values", "output"),)),
-        ):
+        for name, chain, space in ABSORBED:
             why = execute.linear_reason(getattr(self, name), name)
             if why is not None:
-                found += [Forbidden(chain, space, why) for chain, space in absorbed]  # type: ignore[arg-type]
+                found.append(Forbidden(chain, space, why))
         return tuple(found)
 
     def plan_for(
@@ -210,7 +209,7 @@ class CrossAttention(nn.Module):
         self._check_shapes(query_shape, context_shape)
         repeats = query_shape[1] if len(query_shape) == 4 else 1
         sizes = self._sizes(context_shape, query_shape[-2], repeats, uses, dtype)
-        choice = choose_plan(sizes, self.forbidden(dtype))
+        choice = choose_plan(sizes, self.forbidden())
         if self.plan == "auto":
             return choice
         pinned = TEXTBOOK if self.plan == "textbook" else self.plan

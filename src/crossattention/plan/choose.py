@@ -52,14 +52,12 @@ class Choice:
         return next(candidate for candidate in self.candidates if candidate.plan == plan)
 
 
-def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), *, uses_known: bool = True) -> Choice:
+def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = ()) -> Choice:
     """Choose the plan for a piece of work.
 
     Args:
         sizes: lengths, widths, heads, uses, dtype and device.
         forbidden: meeting spaces that the layer, its parts or the dtype forbid, each with its reason.
-        uses_known: False if nobody said how the prepared context will be read; the textbook's key-value cache is then made,
-            because any other one could be badly wrong for reads that nobody announced.
 
     Returns:
         The choice, with all candidates, cheapest first.
@@ -69,11 +67,11 @@ def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), *, uses_kno
 
     Cost: some hundreds of microseconds the first time, a dictionary look-up after that.
     """
-    return _choose(sizes, forbidden, uses_known)
+    return _choose(sizes, forbidden)
 
 
 @lru_cache(maxsize=8192)
-def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], uses_known: bool) -> Choice:
+def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...]) -> Choice:
     candidates = [Candidate(plan, cost_of(plan, sizes), reasons_against(plan, forbidden)) for plan in CANDIDATES]
     candidates.sort(key=lambda candidate: candidate.cost.seconds)
     legal = [candidate for candidate in candidates if candidate.is_legal]
@@ -82,8 +80,6 @@ def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], uses_known: bool) ->
         raise PlanError(f"no plan is legal here. {listed}")
     best = legal[0]
     textbook = next((candidate for candidate in legal if candidate.plan == TEXTBOOK), None)
-    if textbook is not None and not uses_known:
-        return Choice(TEXTBOOK, "the textbook's key-value cache: nothing was said of the reads", sizes, tuple(candidates))
     if textbook is None or best is textbook:
         return Choice(best.plan, "the cheapest legal plan", sizes, tuple(candidates))
     ratio = best.cost.seconds / textbook.cost.seconds
