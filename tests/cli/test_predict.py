@@ -184,6 +184,22 @@ def test_a_person_is_told_what_to_type(trained, feed):
     assert "one text a line; Ctrl-D ends\n" in type_in("predict", trained.run)[2]
 
 
+def test_progress_on_the_terminal_leaves_the_answers_in_their_file(trained, feed, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stdout, stderr = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    feed(*[b"abc\n"] * 5)
+    assert main(["predict", str(trained.run)]) == 0
+    assert len(stdout.getvalue().splitlines()) == 5
+    assert "answered: " in stderr.getvalue()
+    assert "C B A" not in stderr.getvalue()
+
+
 def test_texts_that_look_like_flags_come_after_two_dashes(trained):
     code, _, stderr = type_in("predict", trained.run, "--", "--best")
     assert code == 2

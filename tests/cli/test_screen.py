@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,15 @@ def test_an_evaluation_without_an_example_keeps_the_one_before():
 
 def test_a_process_without_events_draws_nothing():
     assert "starting" not in drawn(LiveScreen(console(force_terminal=True)), [])
+
+
+def test_warnings_meant_for_a_file_stay_out_of_the_terminal(capsys):
+    screen = LiveScreen(console(force_terminal=True))
+    with screen:
+        screen.draw(EVENTS[0])
+        print("a warning", file=sys.stderr)
+    assert "a warning" not in screen.console.file.getvalue()
+    assert capsys.readouterr().err == "a warning\n"
 
 
 def test_the_terminal_is_whole_again_after_a_fault():

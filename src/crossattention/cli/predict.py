@@ -15,6 +15,7 @@ from rich.console import Console
 from crossattention.cli.lines import records
 from crossattention.cli.questions import BATCH_SIZE, Question, questions_from_arguments, questions_from_stdin
 from crossattention.cli.screen import map_lines
+from crossattention.cli.weights import load_and_say, waiting
 from crossattention.views.alignment import escaped
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ class PredictArguments:
 def run(arguments: Sequence[str], *, prog: str) -> int:
     """Answer every text, each batch as soon as it is there."""
     given = tyro.cli(PredictArguments, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
-
-    from crossattention.cli.weights import load_and_say
 
     loaded = load_and_say(given.run)
     beams = max(4, given.best) if given.beams is None else given.beams
@@ -141,11 +140,11 @@ def _as_json(loaded: "Run", text: str, predictions: list["Prediction"], *, with_
 
 @contextmanager
 def _counter(*, reads_stdin: bool) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how many lines are answered, where that is a terminal and the answers go elsewhere."""
-    if not reads_stdin or not sys.stderr.isatty() or sys.stdout.isatty():
-        if reads_stdin and sys.stdin.isatty():
-            print("one text a line; Ctrl-D ends", file=sys.stderr)
+    """Show on stderr how many lines are answered, unless a person sees the answers themselves."""
+    if reads_stdin and sys.stdin.isatty():
+        print("one text a line; Ctrl-D ends", file=sys.stderr)
+    if not reads_stdin or sys.stdin.isatty() or sys.stdout.isatty():
         yield lambda count: None
         return
-    with Console(stderr=True).status("0 answered") as status:
-        yield lambda count: status.update(f"{count:,} answered")
+    with waiting("answered: 0") as say:
+        yield lambda count: say(f"answered: {count:,}")

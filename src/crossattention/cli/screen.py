@@ -5,6 +5,7 @@ Draws the events of the training loop; changes nothing and decides nothing. Text
 """
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
@@ -104,7 +105,12 @@ class LiveScreen:
             expand=True,
         )
         self.task = self.progress.add_task("training", total=None, place="starting", pace="")
-        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+        self.live = Live(
+            console=console,
+            get_renderable=self._render,
+            refresh_per_second=4,
+            redirect_stderr=sys.stderr.isatty(),  # rich would send warnings meant for a file to this terminal
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,8 @@
 """What every verb that uses a run says on stderr, so that stdout stays data: which weights, and that it is at work."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,20 +31,25 @@ def weights_digest(run: "Run") -> str:
     return sha256_of(run.path / "model.safetensors")
 
 
-def waiting(what: str) -> AbstractContextManager[object]:
-    """Show on stderr, if that is a terminal, that something takes its time, and how much it took."""
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on stderr, if that is a terminal, that something takes its time, and how much it took.
+
+    Args:
+        what: the first words to show.
+
+    Returns:
+        A context manager; it gives a function that takes other words to show.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        return nullcontext()
-    progress = Progress(
-        SpinnerColumn("line"),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    progress.add_task(what, total=None)
-    return progress
+        yield lambda words: None
+        return
+    columns = [SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
+    # Without redirection: rich would send what is printed to stdout, data for a file, to this terminal.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda words: progress.update(task, description=words)
