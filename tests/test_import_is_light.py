@@ -27,11 +27,17 @@ def torch_alone() -> set[str]:
 
 @pytest.fixture(scope="module")
 def ours() -> set[str]:
-    return modules_after("import crossattention")
+    return modules_after("import crossattention; from crossattention import *")
 
 
 def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring(ours: set[str], torch_alone: set[str]) -> None:
     assert outside(ours) - outside(torch_alone) == {"crossattention"}
+    assert "torch" in outside(ours)
+
+
+def test_public_names_come_when_they_are_used_and_help_need_not_wait_for_torch() -> None:
+    assert "torch" not in modules_after("import crossattention, crossattention.cli.main")
+    assert "torch" in modules_after("import crossattention; crossattention.models.Transformer")
 
 
 def test_import_does_not_start_the_compiler(ours: set[str], torch_alone: set[str]) -> None:

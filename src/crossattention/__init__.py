@@ -1,26 +1,49 @@
-"""Cross-attention between two sequences: exact, planned, prepared once and read often, visible, trainable."""
+"""Cross-attention between two sequences: exact, planned, prepared once and read often, visible, trainable.
 
-from crossattention.attention import (
-    CrossAttention,
-    KeyValueCache,
-    MemoryAttention,
-    PreparedContext,
-    SelfAttention,
-)
-from crossattention.maps import attention_map
-from crossattention.models.pretrained import load
-from crossattention.plan import Plan, PlanError
+Public names only. They are imported when first used, so that `crossattention --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossattention.attention import CrossAttention as CrossAttention
+    from crossattention.attention import KeyValueCache as KeyValueCache
+    from crossattention.attention import MemoryAttention as MemoryAttention
+    from crossattention.attention import PreparedContext as PreparedContext
+    from crossattention.attention import SelfAttention as SelfAttention
+    from crossattention.maps import attention_map as attention_map
+    from crossattention.models import load as load
+    from crossattention.plan import Plan as Plan
+    from crossattention.plan import PlanError as PlanError
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CrossAttention",
-    "KeyValueCache",
-    "MemoryAttention",
-    "Plan",
-    "PlanError",
-    "PreparedContext",
-    "SelfAttention",
-    "attention_map",
-    "load",
-]
+_ROOM_OF = {
+    "CrossAttention": "attention",
+    "KeyValueCache": "attention",
+    "MemoryAttention": "attention",
+    "PreparedContext": "attention",
+    "SelfAttention": "attention",
+    "attention_map": "maps",
+    "load": "models",
+    "Plan": "plan",
+    "PlanError": "plan",
+}
+_ROOMS = ("attention", "interop", "layers", "maps", "models", "plan")
+
+__all__ = [*_ROOM_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOM_OF, *_ROOMS})
