@@ -19,7 +19,7 @@ from crossattention.training.folder import RunFolder
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).with_name("toy_task.py")
-STEPS = 60
+STEPS = 120
 
 
 def start(out, *, delay=0.02, resume=False, environment=None):
@@ -66,22 +66,20 @@ def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_bits(tmp_path,
     out = tmp_path / "run"
     draw = random.Random(3)
     kills, resumed_from = 0, set()
-    deadline = time.monotonic() + 240
     while kills < 20:
-        assert time.monotonic() < deadline, "the run makes no progress between kills"
         child = start(out, resume=(out / "config.json").exists())
-        line = child.stdout.readline()  # "Started(...)": importing torch takes longer than the run
-        if found := re.search(r"step-(\d+)", line):
-            resumed_from.add(int(found[1]))
-        time.sleep(draw.uniform(0, 0.3))
+        lines = [child.stdout.readline() for _ in range(draw.randint(1, 6))]  # the first tells where it begins
+        time.sleep(draw.uniform(0, 0.1))
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        if child.returncode == 0:  # it had ended before
+        if found := re.search(r"step-(\d+)", lines[0]):
+            resumed_from.add(int(found[1]))
+        if "Finished" in lines[-1] or child.returncode == 0:
             break
         kills += 1
     finish(start(out, delay=0, resume=True))
-    assert kills >= 3
-    assert len(resumed_from) >= 2
+    assert kills >= 5
+    assert len(resumed_from) >= 3
     assert_same_end(straight, out)
     leftovers = [path for path in out.rglob("*") if path.name.endswith((".part", ".old"))]
     assert leftovers == []
@@ -171,7 +169,7 @@ def test_two_processes_train_one_model_and_resume_to_the_same_bits(tmp_path):
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     outputs = [finish(child) for child in start_both(whole, 0)]
-    assert "Finished(step=60" in outputs[0]
+    assert f"Finished(step={STEPS}" in outputs[0]
     assert outputs[1] == ""
 
     children = start_both(stopped, 0.02)
