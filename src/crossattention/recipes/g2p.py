@@ -62,14 +62,14 @@ class G2PConfig:
 
     stressed: bool = False
     evaluation_words: int = 500
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = 2048
     label_smoothing: float = 0.1
     model: ModelShape = field(default_factory=ModelShape)
 
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults."""
-    return TrainConfig(minutes=5)
+    return TrainConfig(minutes=5, learning_rate=3e-3)
 
 
 class G2PTask:

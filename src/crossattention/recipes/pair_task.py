@@ -34,11 +34,11 @@ class ModelShape:
         norm: "pre" (before each sub-layer; trains with large learning rates) or "post" (the paper's).
     """
 
-    dim: int = 256
+    dim: int = 128
     heads: int = 4
-    encoder_layers: int = 3
-    decoder_layers: int = 3
-    feed_forward_dim: int = 1024
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    feed_forward_dim: int = 512
     dropout: float = 0.1
     attention_dropout: float = 0.0
     norm: Literal["pre", "post"] = "pre"

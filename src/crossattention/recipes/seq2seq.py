@@ -95,7 +95,7 @@ class Parts:
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults."""
-    return TrainConfig(minutes=5)
+    return TrainConfig(minutes=5, learning_rate=2e-3)
 
 
 def read_parts(config: Seq2SeqConfig) -> Parts:
