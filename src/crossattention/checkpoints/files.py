@@ -223,7 +223,7 @@ def _each_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     """The tensors on the CPU, each memory once, and alias -> name of the one stored."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first_of_view: dict[tuple, str] = {}
+    first_of_view: dict[tuple[Any, ...], str] = {}
     storages = set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

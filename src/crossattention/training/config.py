@@ -76,7 +76,7 @@ class TrainConfig:
     threads: int | None = None
     device: Device = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list
         lengths = {name: getattr(self, name) for name in ("minutes", "steps", "epochs")}
         given = {name: value for name, value in lengths.items() if value is not None}

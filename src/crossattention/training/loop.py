@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,7 +299,7 @@ class _Run:
         place = (step - 1) * self.accelerator.num_processes + self.accelerator.process_index
         return self.task.batch_at(place)
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager[Any]:
         # Around the whole loss, by torch itself: accelerate would replace the model's `forward` and cast its outputs.
         if self.config.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -505,6 +505,8 @@ class _Run:
             raise self.folder.explained(error, f"could not write {self.folder.journal_file}") from error
 
     def _flush_journal(self) -> None:
+        if self.journal is None:
+            return
         try:
             self.journal.flush()
         except OSError as error:
