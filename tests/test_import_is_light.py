@@ -1,4 +1,7 @@
-"""`import crossattention` brings torch and safetensors, and nothing heavier: seen in a fresh interpreter."""
+"""`import crossattention` and its public names bring torch and safetensors, and nothing heavier: seen in a fresh interpreter.
+
+The names are imported when first used, so `from crossattention import *` is what shows all that a user's import can bring.
+"""
 
 import json
 import subprocess
@@ -27,7 +30,7 @@ def torch_alone() -> set[str]:
 
 @pytest.fixture(scope="module")
 def ours() -> set[str]:
-    return modules_after("import crossattention; from crossattention import *")
+    return modules_after("from crossattention import *; from crossattention import interop, layers, models")
 
 
 def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring(ours: set[str], torch_alone: set[str]) -> None:
