@@ -35,12 +35,13 @@ class Speeds:
     step_seconds: float
 
 
-# Two cores of a current server processor (measured by benchmarks/speeds.py) and, unmeasured, one current data-centre GPU.
+# Two cores of a current server processor: float32 fitted to the times of every plan on 81 shapes (dev/LOG.md, 2026-11-23), the other
+# dtypes scaled from it; and, unmeasured, one current data-centre GPU.
 SPEEDS: dict[tuple[str, str], Speeds] = {
-    ("cpu", "float64"): Speeds(7e10, 4e10, 2e10, 2e8, 1e-5),
-    ("cpu", "float32"): Speeds(1.6e11, 1.0e11, 2e10, 5e8, 1e-5),
-    ("cpu", "bfloat16"): Speeds(3e11, 1.5e11, 2e10, 3e8, 1e-5),
-    ("cpu", "float16"): Speeds(1e11, 5e10, 2e10, 3e8, 1e-5),
+    ("cpu", "float64"): Speeds(1e11, 1.1e11, 2.1e10, 2.2e8, 5e-6),
+    ("cpu", "float32"): Speeds(2.0e11, 2.2e11, 2.1e10, 4.4e8, 5e-6),
+    ("cpu", "bfloat16"): Speeds(6e11, 3e11, 2.1e10, 3e8, 5e-6),
+    ("cpu", "float16"): Speeds(1e11, 1e11, 2.1e10, 3e8, 5e-6),
     ("cuda", "float64"): Speeds(3e13, 1e12, 3e12, 3e11, 8e-6),
     ("cuda", "float32"): Speeds(4e13, 3e13, 3e12, 3e11, 8e-6),
     ("cuda", "bfloat16"): Speeds(5e14, 3e14, 3e12, 3e11, 8e-6),
