@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -198,6 +199,29 @@ def test_learned_queries_are_exact_in_every_plan(plan):
     for mask in MASKS:
         masks = make_masks(mask)
         assert_close(layer(learned, b, **masks), specification(layer, learned.expand(Z, N, A), b, **masks)[0])
+
+
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_inputs_that_overlap_or_lie_transposed_in_memory_are_exact(plan):
+    layer = make_layer(plan)
+    lengths = torch.randn(Z, A + N - 1, dtype=torch.float64), torch.randn(Z, B + M - 1, dtype=torch.float64)
+    frames = [signal.unfold(1, width, 1) for signal, width in zip(lengths, (A, B), strict=True)]
+    across = [torch.randn(Z, width, length, dtype=torch.float64).mT for width, length in ((A, N), (B, M))]
+    spread = [torch.randn(1, length, width, dtype=torch.float64).expand(Z, -1, -1) for length, width in ((N, A), (M, B))]
+    for a, b in (frames, across, spread):
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        out, (expected, _) = layer(a, b), specification(layer, a, b)
+        assert_close(out, expected)
+        for found, wanted in zip(gradients(out, [a, b]), gradients(expected, [a, b]), strict=True):
+            assert_close(found, wanted)
+    column = torch.randn(A, 1, dtype=torch.float64)  # one learned query, of strides (1, 1)
+    assert_close(layer(column.mT, b[:1]), specification(layer, column.mT[None], b[:1])[0])
+
+
+def test_a_transposed_context_is_kept_in_the_layout_that_fused_kernels_take():
+    for plan in (Plan("context", "context"), Plan("context", "head"), Plan("head", "context")):
+        prepared = make_layer(plan).prepare(torch.randn(Z, B, M, dtype=torch.float64).mT)
+        assert prepared.keys.stride(-1) == prepared.values.stride(-1) == 1
 
 
 def test_without_hints_the_textbook_cache_is_prepared_and_hints_may_change_it():
@@ -398,6 +422,67 @@ def test_a_projection_that_is_no_plain_linear_forbids_absorbing_it():
         layer.plan = Plan("context", "head")
 
 
+def test_hooks_and_a_forward_of_its_own_forbid_absorbing_a_projection():
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        layer = CrossAttention(8, heads=2)
+        getattr(layer.k_proj, register)(lambda *args: None)
+        choice = layer.plan_for((1, 1, 8), (1, 5000, 8))
+        assert choice.plan.scores != "context" and "k_proj has backward hooks" in str(choice)
+    layer = CrossAttention(8, heads=2)
+    layer.v_proj.forward = layer.v_proj.forward
+    choice = layer.plan_for((1, 1, 8), (1, 5000, 8))
+    assert choice.plan.values != "context" and "v_proj has a forward of its own" in str(choice)
+
+
+class Adapted(nn.Module):
+    """A projection and a low-rank product beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class AdaptedLinear(nn.Linear):
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features)
+        self.adapter = Adapted(base)
+
+    def forward(self, x):
+        return self.adapter(x)
+
+
+@pytest.mark.parametrize("kind", [Adapted, AdaptedLinear])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj"])
+def test_what_an_adapter_adds_is_never_skipped(name, kind):
+    layer = CrossAttention(A, B, heads=H, head_dim=K, value_head_dim=V, out_dim=O)
+    setattr(layer, name, kind(getattr(layer, name)))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        layer.to(dtype)
+        a, b = make_inputs(dtype=dtype)
+        layer.plan = "textbook"
+        expected = layer(a, b)
+        for plan in CANDIDATES:
+            try:
+                layer.plan = plan
+            except PlanError as error:
+                assert f"{name} is a {kind.__name__}" in str(error)
+                continue
+            assert (layer(a, b) - expected).abs().max() < tolerance, plan
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls this way of quantising old
+def test_a_quantised_layer_runs():
+    layer = CrossAttention(16, 24, heads=4).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    a, b = torch.randn(2, 1, 16), torch.randn(2, 500, 24)
+    assert (quantised(a, b) - layer(a, b)).abs().max() < 0.05
+    assert "is a Linear, not a plain nn.Linear" in str(quantised.plan_for(a.shape, b.shape))
+
+
 # -------------------------------------------------------------------------------------------------- errors
 
 
@@ -453,6 +538,20 @@ def test_a_context_prepared_under_autocast_is_refused_outside_of_it():
         prepared = layer.prepare(b)
     message = error_of(lambda: layer.attend(a, prepared))
     assert "the prepared context is torch.bfloat16 but the queries are torch.float32" in message and "torch.autocast" in message
+
+
+def test_what_autocast_made_stays_in_its_dtype_and_is_refused_outside():
+    a, b = make_inputs(dtype=torch.float32)
+    for plan in CANDIDATES:
+        layer = make_layer(plan, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            prepared = layer.prepare(b)
+        assert prepared.keys.dtype == (torch.float32 if plan.scores == "context" else torch.bfloat16)
+        assert prepared.values.dtype == (torch.float32 if plan.values == "context" else torch.bfloat16)
+        if (plan.scores, plan.values) == ("context", "context"):
+            assert_close(layer.attend(a, prepared), layer(a, b))  # B itself, which autocast did not touch
+        else:
+            assert "the prepared context is torch.bfloat16" in error_of(lambda p=prepared, x=layer: x.attend(a, p))
 
 
 def test_wrong_masks_say_shape_and_dtype():
@@ -526,6 +625,16 @@ def test_a_prepared_context_of_earlier_weights_is_refused(optimizer):
     )
 
 
+def test_the_weights_behind_a_pruned_projection_are_watched():
+    layer = make_layer("textbook")
+    torch.nn.utils.prune.l1_unstructured(layer.k_proj, "weight", 0.5)
+    a, b = make_inputs()
+    prepared = layer.prepare(b)
+    with torch.no_grad():
+        layer.k_proj.weight_orig.mul_(2)
+    assert "out of date: k_proj.weight_orig changed" in error_of(lambda: layer.attend(a, prepared))
+
+
 def test_weights_that_a_prepared_context_does_not_depend_on_may_change():
     layer = make_layer("textbook")
     a, b = make_inputs()
@@ -567,7 +676,7 @@ def test_constructor_arguments_are_checked_by_value():
     assert "got tuple" in error_of(lambda: CrossAttention(8, plan=("head", "head")), TypeError)
     assert "bias names key" in error_of(lambda: CrossAttention(8, bias=("key",)))
     assert "positions must be a PositionPart" in error_of(lambda: CrossAttention(8, positions=nn.Linear(2, 2)), TypeError)
-    assert "uses must be a positive number of uses, got 0" in error_of(lambda: make_layer().prepare(make_inputs()[1], uses=0))
+    assert "uses must be at least 1, got 0" in error_of(lambda: make_layer().prepare(make_inputs()[1], uses=0))
 
 
 def test_positions_without_a_position_part_are_refused():

@@ -234,9 +234,11 @@ class CrossAttention(nn.Module):
         return self.plan
 
     def _sizes(self, context_shape: Sequence[int], query_length: int, repeats: int, uses: int, dtype: torch.dtype | None) -> Sizes:
-        device = self.q_proj.weight.device.type
+        weight = floating_weight(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        device = "cpu" if weight is None else weight.device.type
         if dtype is None:
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.q_proj.weight.dtype
+            held = torch.get_default_dtype() if weight is None else weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else held
         widths = (self.query_dim, self.context_dim, self.heads, self.kv_heads, self.head_dim, self.value_head_dim, self.out_dim)
         return _cached_sizes(context_shape[0], query_length, context_shape[1], *widths, repeats, uses, dtype, device)
 
@@ -332,8 +334,9 @@ class CrossAttention(nn.Module):
         check_is_tensor("context", b)
         self._check_context(tuple(b.shape))
         for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
-            if hint is not None and hint < (0 if name == "query_length" else 1):
-                raise ValueError(f"{name} must be a positive number of {name.replace('_', ' ')}, got {hint}")
+            lowest = 0 if name == "query_length" else 1
+            if hint is not None and hint < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {hint}")
         plan = self._plan_of(b, query_length, repeats, uses)
         return self._prepare(b, context_mask, context_positions, plan, stamped=True)
 
@@ -479,9 +482,10 @@ class CrossAttention(nn.Module):
         self._check_prepared(prepared)
         self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
         self._check_tensor("queries", a)
-        if prepared.keys.dtype != a.dtype and not torch.is_autocast_enabled(a.device.type):
+        made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)
+        if made is not None and not torch.is_autocast_enabled(a.device.type):
             raise ValueError(
-                f"the prepared context is {prepared.keys.dtype} but the queries are {a.dtype}; attend under the "
+                f"the prepared context is {made} but the queries are {a.dtype}; attend under the "
                 "torch.autocast that prepare ran under, or prepare again outside of it"
             )
 
@@ -531,7 +535,9 @@ class CrossAttention(nn.Module):
             )
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
-        weight = self.q_proj.weight
+        weight = floating_weight(self.q_proj)
+        if weight is None:  # quantised: what it takes is for it to say
+            return
         if tensor.device != weight.device:
             raise ValueError(f"{name} are on {tensor.device} but the layer's weights on {weight.device}; move one of them")
         if tensor.dtype == weight.dtype or torch.is_autocast_enabled(tensor.device.type):
@@ -624,10 +630,22 @@ def _named_weights(name: str, module: nn.Module | None) -> list[tuple[str, Tenso
     """A module's parameters under the layer's names; asked for at every `attend`, so plain linears take a short way."""
     if module is None:
         return []
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or "weight" not in module._parameters:  # pruned: made anew at each call, of another
         return [(f"{name}.{path}", weight) for path, weight in module.named_parameters()]
     named: list[tuple[str, Tensor]] = [(f"{name}.weight", module.weight)]
     return named if module.bias is None else [*named, (f"{name}.bias", module.bias)]
+
+
+def floating_weight(*projections: nn.Module) -> Tensor | None:
+    """The first floating weight among projections that may have been replaced by others; None if all are quantised."""
+    for projection in projections:
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight
+        for parameter in projection.parameters():
+            if parameter.is_floating_point():
+                return parameter
+    return None
 
 
 def reset_projections(*projections: nn.Linear) -> None:

@@ -39,14 +39,14 @@ class HasParts(Protocol):
 def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Keys (z, h or g or 1, m, c) in a meeting space of scores, and the extra score of each key (z, h, m) or None."""
     if space == "context":
-        return b.unsqueeze(1), None
+        return _with_whole_rows(b).unsqueeze(1), None
     if space == "head":
         keys_zgmk = split_heads(layer.k_proj(b), layer.kv_heads).transpose(1, 2)
         return place_keys(layer, keys_zgmk, positions), None
     # The key bias may stay in: A Wq bk is the same for every key and cancels in the softmax.
     keys_zmgk = split_heads(_project_unrounded(layer.k_proj, b), layer.kv_heads)
     weight = _grouped_rows(layer.q_proj.weight, layer).to(keys_zmgk.dtype)
-    keys = torch.einsum("zmgk,gska->zgsma", keys_zmgk, weight).flatten(1, 2).to(b.dtype)
+    keys = _rounded(torch.einsum("zmgk,gska->zgsma", keys_zmgk, weight).flatten(1, 2), b)
     if layer.q_proj.bias is None:
         return keys, None
     bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
@@ -57,25 +57,36 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
 def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:
     """Values (z, h or g or 1, m, w) in a meeting space of values."""
     if space == "context":
-        return b.unsqueeze(1)
+        return _with_whole_rows(b).unsqueeze(1)
     if space == "head":
         return split_heads(layer.v_proj(b), layer.kv_heads).transpose(1, 2)
     values_zmgv = split_heads(_project_unrounded(layer.v_proj, b), layer.kv_heads)
     weight = layer.out_proj.weight.unflatten(1, (layer.kv_heads, -1, layer.value_head_dim)).to(values_zmgv.dtype)
-    return torch.einsum("zmgv,ogsv->zgsmo", values_zmgv, weight).flatten(1, 2).to(b.dtype)
+    return _rounded(torch.einsum("zmgv,ogsv->zgsmo", values_zmgv, weight).flatten(1, 2), b)
+
+
+def _with_whole_rows(b: Tensor) -> Tensor:
+    """B with its width innermost: fused kernels take no other layout. A copy only where it is not, as in (z, b, m) transposed."""
+    return b if b.stride(-1) == 1 else b.contiguous()
 
 
 def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
     """A projection of B that another product follows: half precision stays in float32, to be rounded once, after both.
 
-    Two roundings were measured at up to 2.3 times the textbook's error, which rounds once there (docs/exactness.md).
+    Two roundings were measured at up to 2.3 times the textbook's error, which rounds once there (docs/exactness.md). A projection
+    that does more than its product (an adapter, a hook) is called as it is, in its own precision.
     """
-    if b.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(b.device.type):
+    if b.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(b.device.type) or does_more(projection):
         projected: Tensor = projection(b)
         return projected
     assert isinstance(projection, nn.Linear)
     bias = None if projection.bias is None else projection.bias.float()
     return F.linear(b.float(), projection.weight.float(), bias)
+
+
+def _rounded(product: Tensor, b: Tensor) -> Tensor:
+    """A product of B in B's dtype; under autocast it is in autocast's dtype already, and stays so."""
+    return product if torch.is_autocast_enabled(b.device.type) else product.to(b.dtype)
 
 
 def to_one_width(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +123,9 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
     One head means that all heads share these queries: in the "query" space they are A itself.
     """
     if space == "query":
-        return a.unsqueeze(1), None
+        # All heads share A, so a kernel sees overlapping queries. The CPU's lays its output out by their strides and goes wrong,
+        # silently, where two rows overlap (frames by `unfold`) or a length of one has a stray stride: written out, they are plain.
+        return a.contiguous().reshape(a.shape[0], 1, a.shape[1], a.shape[2]), None
     projected = split_heads(layer.q_proj(a), layer.heads).transpose(1, 2)
     if space == "head":
         return place_queries(layer, projected, positions), projected
@@ -350,6 +363,15 @@ def linear_reason(module: nn.Module, name: str) -> str | None:
     """Why the weights of a projection may not be absorbed, or None if they may."""
     if type(module) is not nn.Linear:
         return f"{name} is a {type(module).__name__}, not a plain nn.Linear, so its weight cannot be absorbed"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own, which absorbing its weight would skip"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} has forward hooks, which absorbing its weight would skip"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has backward hooks, which absorbing its weight would skip"
     return None
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether a projection does more than multiply by its weight and add its bias."""
+    return linear_reason(module, "") is not None

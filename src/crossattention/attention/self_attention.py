@@ -17,6 +17,7 @@ from crossattention.attention.cross_attention import (
     biased_projections,
     check_part,
     check_size,
+    floating_weight,
     head_widths,
     reset_projections,
 )
@@ -242,8 +243,8 @@ class SelfAttention(nn.Module):
                 f"the sequence must be (batch, length, {self.dim}) as this layer was built with dim={self.dim}, got shape "
                 f"{tuple(x.shape)}"
             )
-        weight = self.q_proj.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight = floating_weight(self.q_proj)
+        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"the sequence is {x.dtype} but the layer's weights are {weight.dtype}; convert one, or run under torch.autocast"
             )
