@@ -145,3 +145,59 @@ def test_bad_parts_are_named():
         merge_partials([])
     with pytest.raises(ValueError, match="same shapes"):
         merge_partials([Partial(q, q[..., 0]), Partial(q[:, :1], q[:, :1, :, 0])])
+
+
+def test_queries_that_overlap_in_memory_are_read_right():
+    frames = torch.randn(Z, H, C + N - 1, dtype=torch.float64).unfold(-1, C, 1)
+    shared = torch.randn(Z, 1, N, C, dtype=torch.float64).expand(-1, H, -1, -1)
+    _, k, v, _ = work((3, 4), "none")
+    for q in (frames, shared, torch.randn(Z, H, C, N, dtype=torch.float64).mT):
+        q = q.detach().requires_grad_()
+        found, (output, _) = attend_parts(q, cut(k, v, None, (3, 4)), scale=SCALE).output, textbook(q, k, v, None)
+        assert_close(found, output)
+        for grad, wanted in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, output)), strict=True):
+            assert_close(grad, wanted)
+
+
+def test_only_minus_infinity_forbids_whatever_the_dtypes_are():
+    for dtype, lowest in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+        q, k, v, _ = work((4,), "none", dtype)
+        mask = torch.full((N, 4), torch.finfo(lowest).min, dtype=lowest)
+        found = attend_parts(q, [Part(k, v, mask)], scale=SCALE)
+        assert found.lse.isfinite().all() and found.output.abs().amax() > 0
+        assert (found.output - v.mean(2, keepdim=True)).abs().amax() < 2e-2  # alike for all keys, as the mask drowns the scores
+
+
+def test_bfloat16_loses_nothing_by_being_cut_into_many_parts():
+    q, k, v, _ = work((512,), "none", torch.bfloat16)
+    wanted = textbook(q.double(), k.double(), v.double(), None)[0]
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), (q, k, v))
+
+    def errors(length):
+        found = attend_parts(q, cut(k, v, None, (length,) * (512 // length)), scale=SCALE).output
+        grads = torch.autograd.grad(found.double().square().sum(), (q, k, v))
+        pairs = zip((found, *grads), (wanted, *wanted_grads), strict=True)
+        return [(x.double() - y.double()).square().mean().sqrt() for x, y in pairs]
+
+    for many, one in zip(errors(4), errors(512), strict=True):
+        assert many < 1.5 * one
+
+
+def test_masks_and_dtypes_that_do_not_belong_are_refused():
+    q, k, v, _ = work((4,), "none")
+    for part, message in (
+        (Part(k.float(), v), "part 0: queries, keys and values must have one dtype, got torch.float64, torch.float32"),
+        (Part(k, v, torch.full((N, 4), torch.nan)), f"{N * 4} NaN, the first at"),
+        (Part(k, v, torch.ones(N + 1, 4, dtype=torch.bool)), f"{(N + 1, 4)} does not broadcast"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            attend_parts(q, [part], scale=SCALE)
+        assert message in str(caught.value)
+
+
+def test_second_derivatives_are_right_or_refused():
+    q, k, v = (torch.randn(1, 1, length, 3, dtype=torch.float64, requires_grad=True) for length in (2, 3, 3))
+    (first,) = torch.autograd.grad(attend_parts(q, [Part(k, v)], scale=SCALE).output.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        first.sum().backward()
+    assert torch.autograd.gradgradcheck(lambda *x: attend_parts(x[0], [Part(*x[1:])], scale=SCALE).lse, (q, k, v))

@@ -122,19 +122,19 @@ def combine_masks(
         else:
             possible = attn_mask > -torch.inf
             live_pairs = possible if allowed is None else allowed & possible
-            added = _to_score_dtype(attn_mask, dtype) if added is None else added + attn_mask
+            added = to_score_dtype(attn_mask, dtype) if added is None else added + attn_mask
     live = None if live_pairs is None else live_pairs.any(-1, keepdim=True)
     if live is not None and context_length == 0:
         live = torch.zeros_like(live)
     if added is None:
         return ScoreMask(_full_last(allowed, context_length), live)
-    added = _to_score_dtype(added, dtype)
+    added = to_score_dtype(added, dtype)
     if allowed is not None:
         added = torch.where(allowed, added, -torch.inf)
     return ScoreMask(_full_last(added, context_length), live)
 
 
-def _to_score_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def to_score_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in the scores' dtype; a large negative number stays finite, as only -inf forbids a pair."""
     if torch.finfo(mask.dtype).max <= torch.finfo(dtype).max:
         return mask.to(dtype)

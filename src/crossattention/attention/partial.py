@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crossattention.attention.execute import to_one_width, widen
+from crossattention.attention.masks import check_attn_mask, to_score_dtype
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
     # Rows of -inf alone would be NaN in the backward pass: they go through as zeros and are cut afterwards.
     total = torch.where(live | ~anywhere, torch.where(anywhere, lses, 0.0), -torch.inf).logsumexp(0)
     shares = torch.where(live, lses - total, -torch.inf).exp()
-    output = sum((share.unsqueeze(-1).to(p.output.dtype) * p.output for share, p in zip(shares, partials, strict=True)))
+    # The log-sum-exps are in float32 at least, and so is the sum; it is rounded once.
+    output = sum((share.unsqueeze(-1) * p.output for share, p in zip(shares, partials, strict=True)))
     assert isinstance(output, Tensor)
-    return Partial(output, torch.where(anywhere, total, -torch.inf))
+    return Partial(output.to(partials[0].output.dtype), torch.where(anywhere, total, -torch.inf))
 
 
 def attend_parts(queries: Tensor, parts: Sequence[Part], *, scale: float) -> Partial:
@@ -93,13 +95,17 @@ def attend_parts(queries: Tensor, parts: Sequence[Part], *, scale: float) -> Par
         The merged partial result.
 
     Raises:
-        ValueError: no part; shapes that do not belong together; a mask that requires a gradient, which this pass has none for.
+        ValueError: no part; shapes or dtypes that do not belong together; NaN or +inf in a mask; a mask that requires a gradient,
+            which this pass has none for.
+        TypeError: a mask that is neither bool nor floating.
 
     Cost: n m (c + w) multiply-adds a head forward, 2.5 times that backward; nothing of size n m is kept.
     Source: Dao et al. 2022, arXiv:2205.14135, algorithm 4 (backward from the merged log-sum-exp).
     """
     _check_parts(queries, parts)
     tensors = [tensor for part in parts for tensor in (part.keys, part.values, part.mask)]
+    # The kernel lays its output out by the strides of the queries, and goes wrong where these overlap.
+    queries = queries.contiguous()
     output, lse = _AttendParts.apply(scale, queries, *tensors)
     return Partial(output, lse)
 
@@ -113,12 +119,14 @@ class _AttendParts(torch.autograd.Function):
         merged: Partial | None = None
         for part in parts:
             one = _attend_one(queries, part, scale)
-            merged = one if merged is None else merge_partials((merged, one))
+            # Half precision waits in float32: rounded after each of many parts, it would be lost.
+            merged = Partial(one.output.to(one.lse.dtype), one.lse) if merged is None else merge_partials((merged, one))
         assert merged is not None
-        ctx.save_for_backward(queries, merged.output, merged.lse, *tensors)
+        output = merged.output.to(parts[0].values.dtype)
+        ctx.save_for_backward(queries, output, merged.lse, *tensors)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
-        return merged.output, merged.lse
+        return output, merged.lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,13 +134,13 @@ class _AttendParts(torch.autograd.Function):
         queries, output, lse, *tensors = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(output)
-        grad_queries = torch.zeros_like(queries)
+        grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
         found: list[Tensor | None] = []
         for part in _as_parts(tensors):
             one = _backward_one(queries, part, output, lse, grad_output, grad_lse, ctx.scale)
             grad_queries += one[0]
             found += [one[1], one[2], None]
-        return None, grad_queries, *found
+        return None, grad_queries.to(queries.dtype), *found
 
 
 def _as_parts(tensors: Sequence[Tensor | None]) -> list[Part]:
@@ -216,7 +224,7 @@ def _scores(queries: Tensor, part: Part, scale: float) -> Tensor:
         return scores
     if part.mask.dtype == torch.bool:
         return scores.masked_fill(~part.mask, -torch.inf)
-    return scores + part.mask.to(wide)
+    return scores + to_score_dtype(part.mask, wide)
 
 
 def _row_lse(scores: Tensor) -> Tensor:
@@ -231,13 +239,13 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def _float_mask(queries: Tensor, part: Part) -> Tensor | None:
-    """The mask as the flash kernel takes it: added, in the queries' dtype, four dimensions, the last one whole."""
+    """The mask as the flash kernel takes it: added, in the queries' dtype or float32, four dimensions, the last one whole."""
     if part.mask is None:
         return None
-    mask = part.mask
+    mask, dtype = part.mask, torch.promote_types(queries.dtype, torch.float32)
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=queries.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    mask = mask.to(queries.dtype)
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    mask = to_score_dtype(mask, dtype)
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     return mask.expand(*mask.shape[:-1], part.keys.shape[2])
 
@@ -245,7 +253,7 @@ def _float_mask(queries: Tensor, part: Part) -> Tensor | None:
 def _check_parts(queries: Tensor, parts: Sequence[Part]) -> None:
     if not parts:
         raise ValueError("attend_parts needs at least one part, got none; an empty context is one part with keys of length 0")
-    z, h, _, c = queries.shape
+    z, h, n, c = queries.shape
     for place, part in enumerate(parts):
         keys, values = tuple(part.keys.shape), tuple(part.values.shape)
         m = keys[2] if len(keys) == 4 else None
@@ -254,5 +262,13 @@ def _check_parts(queries: Tensor, parts: Sequence[Part]) -> None:
                 f"part {place}: keys must be ({z}, {h}, m, {c}) to fit queries {tuple(queries.shape)}, and values ({z}, {h}, m, "
                 f"{parts[0].values.shape[-1]}); got keys {keys} and values {values}"
             )
-        if part.mask is not None and part.mask.requires_grad:
+        if {queries.dtype} != {part.keys.dtype, part.values.dtype}:
+            raise ValueError(
+                f"part {place}: queries, keys and values must have one dtype, got {queries.dtype}, {part.keys.dtype} and "
+                f"{part.values.dtype}"
+            )
+        if part.mask is None:
+            continue
+        check_attn_mask(part.mask, (z, h, n, keys[2]))
+        if part.mask.requires_grad:
             raise ValueError(f"part {place}: the mask requires a gradient, which attend_parts does not compute; detach it")
