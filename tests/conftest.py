@@ -8,11 +8,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import signal
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of interruption need it to arrive.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
