@@ -109,7 +109,7 @@ def test_no_tracked_file_names_a_path_of_one_machine(tracked: list[Path]) -> Non
 @pytest.mark.parametrize(
     ("pattern", "line"),
     [
-        (HOSTS, "index-url = https://" + "pypi" + ".org/simple"),
+        (HOSTS, "index" + "-url = https://" + "pypi" + ".org/simple"),
         (MACHINE_PATHS, "cd /" + "work/main"),
         (MACHINE_PATHS, "open('/" + "home/someone/data.tsv')"),
         (LOCKS, "docs/uv.lock"),
