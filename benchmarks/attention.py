@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--repeats 15] [--dtype float32] [--train] [--json FILE]
 
-Each row is one piece of work. The peer is hand-written projections with `F.scaled_dot_product_attention`, the same weights; then every
-legal plan pinned, and the planner's choice. All run interleaved in one process; figures are medians, ratios are peer time / our time.
+Each row is one piece of work. The peer is hand-written projections with `F.scaled_dot_product_attention`, the same weights;
+then every legal plan pinned, and the planner's choice. All run interleaved in one process; figures are medians, ratios are
+peer time / our time.
 """
 
 import argparse

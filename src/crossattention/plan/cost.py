@@ -35,8 +35,8 @@ class Speeds:
     step_seconds: float
 
 
-# Two cores of a current server processor: float32 fitted to the times of every plan on 81 shapes (dev/LOG.md, 2026-11-23), the other
-# dtypes scaled from it; and, unmeasured, one current data-centre GPU.
+# Two cores of a current server processor: float32 fitted to the times of every plan on 81 shapes (dev/LOG.md, 2026-11-23), the
+# other dtypes scaled from it; and, unmeasured, one current data-centre GPU.
 SPEEDS: dict[tuple[str, str], Speeds] = {
     ("cpu", "float64"): Speeds(1e11, 1.1e11, 2.1e10, 2.2e8, 5e-6),
     ("cpu", "float32"): Speeds(2.0e11, 2.2e11, 2.1e10, 4.4e8, 5e-6),
