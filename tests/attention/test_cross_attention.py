@@ -565,6 +565,10 @@ def test_wrong_masks_say_shape_and_dtype():
     assert "torch.int64" in message
     message = error_of(lambda: layer(a, b, attn_mask=torch.ones(Z, N, M, dtype=torch.bool)))
     assert "(2, 5, 7) does not broadcast to (batch, heads, queries, context) = (2, 4, 5, 7)" in message
+    message = error_of(lambda: layer(a, b, context_mask=torch.ones(Z, M, dtype=torch.bool, device="meta")))
+    assert "context_mask is on meta but what it masks is on cpu" in message
+    message = error_of(lambda: layer(a, b, attn_mask=torch.ones(N, M, device="meta")))
+    assert "attn_mask is on meta but what it masks is on cpu" in message
     message = error_of(lambda: layer(a, b, context_mask=[True]), TypeError)
     assert "list" in message
 
@@ -674,6 +678,8 @@ def test_constructor_arguments_are_checked_by_value():
     assert "dropout must be in [0, 1), got 1.0" in error_of(lambda: CrossAttention(8, dropout=1.0))
     assert "got 'best'" in error_of(lambda: CrossAttention(8, plan="best"))
     assert "got tuple" in error_of(lambda: CrossAttention(8, plan=("head", "head")), TypeError)
+    assert "scale must be finite, got nan" in error_of(lambda: CrossAttention(8, scale=float("nan")))
+    assert "bias must be True, False or names of projections, got None" in error_of(lambda: CrossAttention(8, bias=None), TypeError)
     assert "bias names key" in error_of(lambda: CrossAttention(8, bias=("key",)))
     assert "positions must be a PositionPart" in error_of(lambda: CrossAttention(8, positions=nn.Linear(2, 2)), TypeError)
     assert "uses must be at least 1, got 0" in error_of(lambda: make_layer().prepare(make_inputs()[1], uses=0))
@@ -703,6 +709,7 @@ def test_the_printed_layer_shows_its_sizes():
 def test_a_prepared_context_is_a_frozen_value():
     prepared = make_layer().prepare(make_inputs()[1])
     assert isinstance(prepared, PreparedContext) and prepared.context_length == M
+    assert repr(prepared).startswith(f"PreparedContext(batch={Z}, context_length={M}, plan=head+head, nbytes=")
     with pytest.raises(AttributeError):
         prepared.keys = None
     assert TOLERANCES

@@ -73,6 +73,8 @@ def test_what_is_no_feed_forward_layer_is_refused_with_what_came():
         MemoryAttention.from_feed_forward(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     with pytest.raises(TypeError, match="Linear -> ReLU -> Linear -> Dropout"):
         MemoryAttention.from_feed_forward(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Dropout(0.1)))
+    with pytest.raises(TypeError, match="gives 32 hidden units and the second takes 16; a gated layer"):
+        MemoryAttention.from_feed_forward(nn.Sequential(nn.Linear(8, 32), nn.GLU(), nn.Linear(16, 8)))
     with pytest.raises(TypeError, match="got Conv1d"):
         MemoryAttention.from_feed_forward(nn.Conv1d(1, 1, 1))
 

@@ -93,3 +93,10 @@ def test_errors_name_what_came():
         layer(torch.randn(Z, N, D))
     with pytest.raises(ValueError, match="query_dim=10 and heads=4"):
         SelfAttention(10, heads=4)
+    with pytest.raises(ValueError, match="the cache has 6 key-value heads of width 2 but this layer has"):
+        layer.step(
+            torch.randn(Z, 1, D, dtype=torch.float64),
+            SelfAttention(D, heads=6, causal=True, dtype=torch.float64).step(torch.randn(Z, 1, D, dtype=torch.float64))[1],
+        )
+    with pytest.raises(TypeError, match="the sequence must be a tensor"):
+        layer([1.0])

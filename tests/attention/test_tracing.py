@@ -6,6 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 from crossattention import CrossAttention, MemoryAttention, Plan, SelfAttention
+from crossattention.layers import Rotary
 from crossattention.plan import ALL_PLANS, CANDIDATES
 
 LENGTHS = ((3, 5), (4, 9), (17, 2), (2, 33))
@@ -56,6 +57,22 @@ def test_a_graph_runs_the_layer_s_own_plan_and_the_textbook_s_without_one():
     layer.fix_plan(query_length=2, context_length=20000)
     fixed = str(torch.export.export(layer, (a, b)).graph)
     assert textbook.count("aten.linear") == 4 and fixed.count("aten.linear") == 2  # absorbed: B is not projected
+
+
+def test_positions_export_for_any_batch_and_length_also_equal_ones():
+    layer = CrossAttention(16, 24, heads=4, positions=Rotary())
+
+    def positions(z, n, m):
+        return {"query_positions": torch.randint(0, 50, (z, n)), "context_positions": torch.randint(0, 50, (z, m))}
+
+    a, b, _ = inputs(3, 5)
+    z, n, m = Dim("z"), Dim("n"), Dim("m")
+    shapes = {"a": {0: z, 1: n}, "b": {0: z, 1: m}, "query_positions": {0: z, 1: n}, "context_positions": {0: z, 1: m}}
+    program = torch.export.export(layer, (a, b), kwargs=positions(2, 3, 5), dynamic_shapes=shapes).module()
+    for n_, m_ in ((3, 7), (4, 3), (3, 3)):
+        a, b, _ = inputs(n_, m_, z=3)
+        given = positions(3, n_, m_)
+        same(program(a, b, **given), layer(a, b, **given))
 
 
 @pytest.mark.parametrize("plan", [ALL_PLANS[0], ALL_PLANS[4], Plan("query", "output", "explicit")], ids=str)

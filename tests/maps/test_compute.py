@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from crossattention import attention_map
+from crossattention import CrossAttention, attention_map
+from crossattention.layers import Rotary
 from crossattention.plan import CANDIDATES
 from oracle import MASKS, A, B, H, M, N, Z, make_inputs, make_layer, make_masks, specification
 from tolerances import assert_close
@@ -64,3 +65,18 @@ def test_bad_calls_are_refused():
         attention_map(nn.Linear(A, B), a, b)
     with pytest.raises(ValueError, match="context has width 3"):
         attention_map(layer, a, torch.randn(Z, M, 3, dtype=torch.float64))
+
+
+def test_the_map_is_that_of_the_positions_that_are_given():
+    a, b = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
+    layer = CrossAttention(12, 10, heads=1, value_head_dim=10, positions=Rotary(), bias=False, out_dim=10, dtype=torch.float64)
+    with torch.no_grad():  # the output is then the weights times B
+        layer.v_proj.weight.copy_(torch.eye(10)), layer.out_proj.weight.copy_(torch.eye(10))
+    places = {"query_positions": torch.tensor([3, 1, 4, 1]), "context_positions": torch.randint(0, 9, (2, 5))}
+    weights = attention_map(layer, a, b, **places)
+    assert_close((weights @ b.unsqueeze(1)).squeeze(1), layer(a, b, **places))
+    assert (weights - attention_map(layer, a, b)).abs().max() > 1e-3
+    prepared = layer.prepare(b, context_positions=places["context_positions"])
+    assert_close(attention_map(layer, a, prepared, query_positions=places["query_positions"]), weights)
+    with pytest.raises(ValueError, match="context_positions belongs to the prepared context"):
+        attention_map(layer, a, prepared, context_positions=places["context_positions"])

@@ -6,6 +6,7 @@ g key-value heads, k/v head widths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import count
@@ -138,7 +139,7 @@ class CrossAttention(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.dropout = dropout
-        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        self.scale = check_scale(scale, self.head_dim)
 
         biased = biased_projections(bias)
         kwargs = {"device": device, "dtype": dtype}
@@ -389,7 +390,7 @@ class CrossAttention(nn.Module):
     ) -> PreparedContext:
         self._check_tensor("context", b)
         if context_mask is not None:
-            check_context_mask(context_mask, b.shape[0], b.shape[1])
+            check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
         positions = self._positions_of("context_positions", positions, b.shape[0], b.shape[1], b.device)
         keys, key_bias = execute.make_keys(self, plan.scores, b, positions)
         if plan.scores == plan.values == "context":
@@ -416,7 +417,8 @@ class CrossAttention(nn.Module):
         z, m, n = prepared.batch, prepared.context_length, a.shape[-2]
         repeats = a.shape[1] if a.dim() == 4 else None
         if attn_mask is not None:
-            check_attn_mask(attn_mask, (z, self.heads, n, m) if repeats is None else (z, repeats, self.heads, n, m))
+            target = (z, self.heads, n, m) if repeats is None else (z, repeats, self.heads, n, m)
+            check_attn_mask(attn_mask, target, a.device)
             if repeats is not None:
                 attn_mask = fold_repeats(attn_mask, repeats, n)
         positions = self._positions_of("query_positions", query_positions, z, n, a.device)
@@ -554,7 +556,11 @@ class CrossAttention(nn.Module):
             return None
         if given is None:
             return torch.arange(length, device=device)
-        if given.dtype.is_floating_point or given.dtype == torch.bool or tuple(given.shape) not in ((length,), (batch, length)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor of integers, got {type(given).__name__}")
+        # Compared number by number: a graph would take away from two tuples of unlike lengths that batch and length must differ.
+        fits = given.dim() in (1, 2) and given.shape[-1] == length and (given.dim() == 1 or given.shape[0] == batch)
+        if given.dtype.is_floating_point or given.dtype == torch.bool or not fits:
             raise ValueError(
                 f"{name} must be integers, ({length},) or ({batch}, {length}), got {given.dtype} of shape {tuple(given.shape)}"
             )
@@ -581,6 +587,15 @@ def check_size(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, by default 1 / sqrt(head_dim); refused if it is no finite number."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
 
 
 def check_is_tensor(name: str, value: object) -> None:
@@ -618,6 +633,8 @@ def head_widths(
 
 def biased_projections(bias: bool | Collection[str]) -> frozenset[str]:
     """Names of the projections that have a bias."""
+    if not isinstance(bias, bool | Collection):
+        raise TypeError(f"bias must be True, False or names of projections, got {bias!r}")
     if isinstance(bias, bool):
         return frozenset(PROJECTIONS if bias else ())
     unknown = sorted({bias} - set(PROJECTIONS)) if isinstance(bias, str) else sorted(set(bias) - set(PROJECTIONS))

@@ -26,12 +26,12 @@ class ScoreMask:
     live: Tensor | None
 
 
-def check_context_mask(mask: Tensor, batch: int, context_length: int) -> None:
+def check_context_mask(mask: Tensor, batch: int, context_length: int, device: torch.device) -> None:
     """Refuse a context mask that is not bool (z, m).
 
     Raises:
         TypeError: not a bool tensor.
-        ValueError: another shape.
+        ValueError: another shape or device.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"context_mask must be a bool tensor (batch, context length), got {type(mask).__name__}")
@@ -44,14 +44,15 @@ def check_context_mask(mask: Tensor, batch: int, context_length: int) -> None:
         raise ValueError(
             f"context_mask must have shape (batch, context length) = ({batch}, {context_length}), got {tuple(mask.shape)}"
         )
+    _check_device("context_mask", mask, device)
 
 
-def check_attn_mask(mask: Tensor, target: tuple[int, ...]) -> None:
+def check_attn_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> None:
     """Refuse a pair mask that does not broadcast to `target`, of a wrong dtype, or with NaN or +inf in it.
 
     Raises:
         TypeError: neither bool nor floating.
-        ValueError: a shape that does not broadcast, NaN or +inf.
+        ValueError: a shape that does not broadcast, another device, NaN or +inf.
     """
     names = "(batch, repeats, heads, queries, context)" if len(target) == 5 else "(batch, heads, queries, context)"
     if not isinstance(mask, Tensor):
@@ -69,6 +70,7 @@ def check_attn_mask(mask: Tensor, target: tuple[int, ...]) -> None:
             f"attn_mask of shape {tuple(mask.shape)} does not broadcast to {names} = {target}; sizes are matched from the right, "
             "so a mask for each item is (batch, 1, queries, context)"
         )
+    _check_device("attn_mask", mask, device)
     if torch.compiler.is_compiling() or mask.dtype == torch.bool or mask.numel() == 0:
         return
     highest = float(mask.detach().amax())  # one pass finds both faults: a NaN is the maximum of anything
@@ -80,6 +82,11 @@ def check_attn_mask(mask: Tensor, target: tuple[int, ...]) -> None:
     if highest == torch.inf:
         first = (mask == torch.inf).nonzero()[0].tolist()
         raise ValueError(f"attn_mask has +inf at index {first}, which makes the softmax undefined; -inf forbids a pair")
+
+
+def _check_device(name: str, mask: Tensor, device: torch.device) -> None:
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device} but what it masks is on {device}; move the mask there")
 
 
 def fold_repeats(mask: Tensor, repeats: int, query_length: int) -> Tensor:

@@ -145,7 +145,7 @@ class MemoryAttention(nn.Module):
             A memory with one head, the first matrix's rows as keys and the second one's columns as values.
 
         Raises:
-            TypeError: a module of another shape; a Dropout at the end, which acts on the output, not on memory.
+            TypeError: a module of another shape, or a gated one; a Dropout at the end, which acts on the output, not on memory.
 
         Source: Geva et al. 2021, arXiv:2012.14913, eq. 1-2.
 
@@ -156,6 +156,11 @@ class MemoryAttention(nn.Module):
             True
         """
         first, activation, second, dropout = _feed_forward_pieces(feed_forward)
+        if first.out_features != second.in_features:
+            raise TypeError(
+                f"from_feed_forward expects an elementwise activation, but the first Linear gives {first.out_features} hidden "
+                f"units and the second takes {second.in_features}; a gated layer (GLU) is no memory of keys and values"
+            )
         memory = cls(
             first.in_features,
             first.out_features,

@@ -269,6 +269,6 @@ def _check_parts(queries: Tensor, parts: Sequence[Part]) -> None:
             )
         if part.mask is None:
             continue
-        check_attn_mask(part.mask, (z, h, n, keys[2]))
+        check_attn_mask(part.mask, (z, h, n, keys[2]), queries.device)
         if part.mask.requires_grad:
             raise ValueError(f"part {place}: the mask requires a gradient, which attend_parts does not compute; detach it")

@@ -91,7 +91,7 @@ UNCHECKED = Stamp(None)
 """The stamp of what is made inside a graph, where nothing is checked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PreparedContext:
     """What a plan makes of B: a value that `attend` reads any number of times and never changes.
 
@@ -114,6 +114,8 @@ class PreparedContext:
         >>> prepared = layer.prepare(torch.randn(2, 7, 32))
         >>> prepared.batch, prepared.context_length, str(prepared.plan)
         (2, 7, 'head+head')
+        >>> prepared
+        PreparedContext(batch=2, context_length=7, plan=head+head, nbytes=5376, torch.float32 on cpu)
     """
 
     keys: Tensor
@@ -139,6 +141,12 @@ class PreparedContext:
         """Bytes that the prepared context keeps alive; B counts once where keys and values are both B."""
         tensors = {id(t): t for t in (self.keys, self.values, self.key_bias, self.mask, self.positions) if t is not None}
         return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def __repr__(self) -> str:
+        return (
+            f"PreparedContext(batch={self.batch}, context_length={self.context_length}, plan={self.plan}, nbytes={self.nbytes}, "
+            f"{self.keys.dtype} on {self.keys.device})"
+        )
 
     def select(self, rows: Tensor) -> PreparedContext:
         """The prepared context of some items of the batch, in the given order (as when finished items are dropped).

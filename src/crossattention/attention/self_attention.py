@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from crossattention.attention import execute
 from crossattention.attention.cross_attention import (
     biased_projections,
+    check_is_tensor,
     check_part,
+    check_scale,
     check_size,
     floating_weight,
     head_widths,
@@ -119,7 +121,7 @@ class SelfAttention(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.dropout = dropout
-        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        self.scale = check_scale(scale, self.head_dim)
         biased, kwargs = biased_projections(bias), {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias="q_proj" in biased, **kwargs)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias="k_proj" in biased, **kwargs)
@@ -152,7 +154,7 @@ class SelfAttention(nn.Module):
         """
         self._check(x)
         if mask is not None:
-            check_context_mask(mask, x.shape[0], x.shape[1])
+            check_context_mask(mask, x.shape[0], x.shape[1], x.device)
         queries, keys, values = self._project(x, 0)
         return self._attend(x, queries, keys, values, mask, attn_mask, 0)
 
@@ -167,7 +169,7 @@ class SelfAttention(nn.Module):
             Outputs (z, t, o), equal to those rows of `forward` on the whole sequence; the longer cache.
 
         Raises:
-            ValueError: the layer is not causal, wrong width, or a cache of another batch.
+            ValueError: the layer is not causal, wrong width, or a cache of another batch, heads or head widths.
 
         Cost: projections of t positions; t (length + t)(k + v) multiply-adds a head; one copy of the cache.
         """
@@ -180,6 +182,11 @@ class SelfAttention(nn.Module):
                 f"x has batch {x.shape[0]} but the cache has batch {cache.keys.shape[0]}; cache.select(rows) reorders it"
             )
         queries, keys, values = self._project(x, offset)
+        if cache is not None and (cache.keys.shape[1], cache.keys.shape[3]) != (keys.shape[1], keys.shape[3]):
+            raise ValueError(
+                f"the cache has {cache.keys.shape[1]} key-value heads of width {cache.keys.shape[3]} but this layer has "
+                f"{keys.shape[1]} of width {keys.shape[3]}; a cache belongs to the layer whose step returned it"
+            )
         cache = KeyValueCache(keys, values) if cache is None else cache.append(keys, values)
         return self._attend(x, queries, cache.keys, cache.values, None, None, offset), cache
 
@@ -217,7 +224,7 @@ class SelfAttention(nn.Module):
     ) -> ScoreMask:
         z, n, m = x.shape[0], x.shape[1], keys.shape[2]
         if attn_mask is not None:
-            check_attn_mask(attn_mask, (z, self.heads, n, m))
+            check_attn_mask(attn_mask, (z, self.heads, n, m), x.device)
         bias = None
         if self.positions is not None and self.positions.adds_to_scores:
             rows, columns = self._positions(x, offset, n), self._positions(x, 0, m)
@@ -238,6 +245,7 @@ class SelfAttention(nn.Module):
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)
 
     def _check(self, x: Tensor) -> None:
+        check_is_tensor("the sequence", x)
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"the sequence must be (batch, length, {self.dim}) as this layer was built with dim={self.dim}, got shape "
