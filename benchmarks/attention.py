@@ -1,129 +1,299 @@
-"""When is which plan faster than projecting B to keys and values, always?
+"""How fast is the planner's choice, and how much memory does it take, against every peer and against every plan?
 
-    python benchmarks/attention.py [--repeats 15] [--dtype float32] [--train] [--json FILE]
+    python benchmarks/attention.py [--dtype bfloat16] [--train] [--device cuda] [--only "1 x 1,500"] [--json FILE] [--markdown]
 
-Each row is one piece of work. The peer is hand-written projections with `F.scaled_dot_product_attention`, the same weights;
-then every legal plan pinned, and the planner's choice. All run interleaved in one process; figures are medians, ratios are
-peer time / our time.
+Each row is one piece of work. The peers are hand-written projections with `F.scaled_dot_product_attention`, torch's, timm's,
+x-transformers' and Hugging Face's layers where they apply, all with the same weights; then every legal plan forced, and the
+planner's choice. Every result is compared with the hand-written one before anything is timed. All run in turn in one process;
+figures are medians; memory is the most that one call adds. "times as fast" is the best peer's time over the choice's, "of best
+plan" the choice's time over that of the fastest forced plan.
 """
 
 import argparse
 import json
-import statistics
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
-from machine import machine, print_machine
+from machine import free_gb, machine, print_machine, versions
+from peers import BY_HAND, COMMON_WAYS, PACKAGES, Call, peer_calls
+from report import AUTO, cells, print_header, print_line, print_summary
+from rows import ROWS, Inputs, Row, make_inputs, make_layer
+from timing import Timing, interleaved, peak_megabytes, seconds_of
+from torch import Tensor
 
-from crossattention import CrossAttention
-from crossattention.plan import CANDIDATES
+from crossattention import CrossAttention, Plan
+from crossattention.plan import CANDIDATES, TEXTBOOK, Choice
 
-# name: z, r (beams on one context, 1 = none), n, m, a, b, heads, head width
-WORK = {
-    "class token 8x1x401, 384, 6h": (8, 1, 1, 401, 384, 384, 6, 64),
-    "1 x 65,536, 768, 12h": (1, 1, 1, 65536, 768, 768, 12, 64),
-    "1 x 1,500, 384, 6h": (1, 1, 1, 1500, 384, 384, 6, 64),
-    "8 x 16,384, 768, 12h": (1, 1, 8, 16384, 768, 768, 12, 64),
-    "32 x 4,096, 1024, 16h": (1, 1, 32, 4096, 1024, 1024, 16, 64),
-    "512 x 50,176, b=261, 1h": (1, 1, 512, 50176, 1024, 261, 1, 261),
-    "4,096 x 4, a=320, b=768, 8h": (1, 1, 4096, 4, 320, 768, 8, 40),
-    "1,024 x 16, a=1280, 20h": (1, 1, 1024, 16, 1280, 768, 20, 64),
-    "4,096 x 77, a=320, b=768, 8h": (1, 1, 4096, 77, 320, 768, 8, 40),
-    "8 beams on 1 x 1,024, 512, 8h": (1, 8, 1, 1024, 512, 512, 8, 64),
-    "256 x 2,048, 1280 on 768, 8h": (1, 1, 256, 2048, 1280, 768, 8, 160),
-}
+HOPELESS = 6.0
+"""A forced plan that takes this many times the textbook's time is timed once, and marked."""
+
+SURE_SECONDS = 0.5
+"""A first call that takes longer needs no second one to show what it is about."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest difference from the hand-written result, in terms of that result's largest value."""
 
 
-def by_hand(layer: CrossAttention, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """What a user writes: repeat the context for beams, project it, call the fused kernel."""
-    if a.dim() == 4:
-        b = b.repeat_interleave(a.shape[1], 0)
-        return by_hand(layer, a.flatten(0, 1), b).unflatten(0, a.shape[:2])
-    q = layer.q_proj(a).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-    k, v = (p(b).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for p in (layer.k_proj, layer.v_proj))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return layer.out_proj(out.transpose(1, 2).flatten(2))
+@dataclass(frozen=True)
+class Options:
+    """What the whole run shares."""
+
+    dtype: torch.dtype
+    train: bool
+    device: str
+    budget: float
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, float]:
-    """Median seconds of each call, taken in turn; at least three rounds, then until the budget of seconds is spent."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + budget
-    for round_ in range(repeats + 1):
-        if round_ > 3 and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+# ---------------------------------------------------------------------------------------------------------- contenders
 
 
-def measure(name: str, dtype: torch.dtype, train: bool, repeats: int) -> dict[str, object]:
-    z, r, n, m, a_dim, b_dim, heads, k = WORK[name]
-    layer = CrossAttention(a_dim, b_dim, heads=heads, head_dim=k, dtype=dtype).requires_grad_(train)
-    a = torch.randn(z, r, n, a_dim, dtype=dtype) if r > 1 else torch.randn(z, n, a_dim, dtype=dtype)
-    b = torch.randn(z, m, b_dim, dtype=dtype)
+def our_call(layer: CrossAttention, row: Row, inputs: Inputs) -> Call:
+    """The row's work by a layer of ours; in a decode row the context is prepared within the call, once."""
+    parameters = tuple(layer.parameters())
+    if row.kind != "decode":
+        return Call(lambda: layer(inputs.queries(), inputs.b), parameters)
 
-    def step(run: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        return (lambda: run().sum().backward()) if train else run
+    def decode() -> Tensor:
+        prepared = layer.prepare(inputs.b, query_length=row.query_length, uses=row.steps)
+        return torch.stack([layer.attend(a, prepared) for a in inputs.queries().unbind()])
 
-    def pinned(plan: object) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            layer.plan = plan  # type: ignore[assignment]
-            return layer(a, b)
+    return Call(decode, parameters)
 
-        return run
 
-    textbook = layer.plan_for(a.shape, b.shape).candidate(CANDIDATES[0]).cost.seconds
-    costs = {c.plan: c.cost.seconds for c in layer.plan_for(a.shape, b.shape).candidates}
-    tried = [plan for plan in CANDIDATES if costs[plan] < 4 * textbook]
-    calls = {"by hand": step(lambda: by_hand(layer, a, b)), "auto": step(pinned("auto"))}
-    calls |= {str(plan): step(pinned(plan)) for plan in tried}
-    with torch.set_grad_enabled(train):
-        times = interleaved(calls, repeats, budget=20)
-    layer.plan = "auto"
-    best = min((plan for plan in times if plan not in ("by hand", "auto")), key=times.__getitem__)
+def pinned(layer: CrossAttention, row: Row, plan: Plan) -> CrossAttention:
+    """A layer with the same weights and a plan of its own, so that nothing but the call is timed."""
+    other = make_layer(row, layer.q_proj.weight.dtype, "meta", plan=plan)
+    other.q_proj, other.k_proj, other.v_proj, other.out_proj = layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj
+    return other.train(layer.training)
+
+
+def forced_calls(
+    layer: CrossAttention, row: Row, inputs: Inputs, choice: Choice, options: Options
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Every legal plan's call by name, and why the others are left out: illegal, or too large for the memory that is free."""
+    calls, left_out, free = {}, {}, free_gb(options.device)
+    for plan in CANDIDATES:
+        candidate = choice.candidate(plan)
+        held = candidate.cost.prepared_bytes / 1e9
+        if not candidate.is_legal:
+            left_out[str(plan)] = "; ".join(candidate.reasons)
+        elif free is not None and held * (8 if options.train else 4) > free:
+            left_out[str(plan)] = f"what it makes of the context takes {held:.1f} GB, too much of {free:.1f} GB"
+        else:
+            calls[str(plan)] = our_call(pinned(layer, row, plan), row, inputs)
+    return calls, left_out
+
+
+def training_step(call: Call, inputs: Inputs, gradient: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward with gradients to all weights, A and B, as inside a model."""
+    leaves = [*inputs.leaves, *call.parameters]
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        out = call.run()
+        out.backward(gradient)
+        return out
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One contender's first call: its difference from the hand-written one, and its seconds, start-up costs included."""
+
+    difference: float
+    seconds: float
+
+
+def results_of(run: Callable[[], Tensor], inputs: Inputs, options: Options) -> list[Tensor]:
+    """The output and, of a training step, the gradients of A and B, when the device has finished them."""
+    out = run()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return [out.detach(), *(leaf.grad for leaf in inputs.leaves if leaf.grad is not None)]
+
+
+def difference(results: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of any result, in terms of its largest expected value; infinite for NaN or another shape."""
+    if [got.shape for got in results] != [want.shape for want in expected]:
+        return float("inf")
+    pairs = [(got.float(), want.float()) for got, want in zip(results, expected, strict=True)]
+    return max(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=torch.inf).item() for got, want in pairs)
+
+
+def check(
+    row: Row, runs: dict[str, Callable[[], Tensor]], plans: dict[str, Call], inputs: Inputs, options: Options
+) -> tuple[dict[str, Checked], dict[str, str]]:
+    """Run every contender once, against the hand-written one: what came of each, and the message of each that failed.
+
+    Raises:
+        SystemExit: a result is wrong.
+        Exception: whatever ours or the hand-written one raised; a forced plan may run out of the device's memory.
+    """
+    expected = results_of(runs[BY_HAND], inputs, options)
+    checked, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a kernel that refuses says why in warnings
+                begun = time.perf_counter()
+                results = results_of(run, inputs, options)
+                seconds = time.perf_counter() - begun
+                checked[name] = Checked(difference(results, expected), seconds)
+        except Exception as error:
+            may_fail = isinstance(error, torch.OutOfMemoryError) if name in plans else name not in (AUTO, BY_HAND)
+            if not may_fail:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            continue
+        if checked[name].difference > TOLERANCE[options.dtype]:
+            raise SystemExit(
+                f"{row.name}: {name} is wrong: it differs from {BY_HAND} by {checked[name].difference:.2g} of the largest value, "
+                f"more than {TOLERANCE[options.dtype]:.2g}"
+            )
+    return checked, failed
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(row: Row, options: Options) -> dict[str, object]:
+    """Check, time and weigh every contender on one row."""
+    layer = make_layer(row, options.dtype, options.device).train(options.train)
+    inputs = make_inputs(row, options.dtype, options.device, options.train)
+    with torch.set_grad_enabled(options.train):
+        choice = layer.plan_for(row.query_shape, row.context_shape, uses=row.steps)
+        peers, left_out = peer_calls(layer, row, inputs, options.device)
+        plans, plans_left_out = forced_calls(layer, row, inputs, choice, options)
+        calls = peers | {AUTO: our_call(layer, row, inputs)} | plans
+        runs = {name: call.run for name, call in calls.items()}
+        if options.train:
+            gradient = torch.randn_like(runs[BY_HAND]().detach(), memory_format=torch.contiguous_format)
+            runs = {name: training_step(call, inputs, gradient) for name, call in calls.items()}
+        checked, failed = check(row, runs, plans, inputs, options)
+        runs = {name: run for name, run in runs.items() if name not in failed}
+        timings, hopeless = time_all(runs, plans, checked, options)
+        megabytes = weigh_all(runs, calls, inputs, options)
+    contenders = {}
+    for name in runs:
+        kind = "choice" if name == AUTO else "plan" if name in plans else "peer"
+        found = {"megabytes": megabytes[name], "difference": checked[name].difference, "hopeless": name in hopeless}
+        contenders[name] = {"kind": kind, **as_milliseconds(timings[name]), **found}
     return {
-        "work": name,
-        "chosen": str(layer.plan_for(a.shape, b.shape).plan),
-        "best": best,
-        "times_faster": times["by hand"] / times["auto"],
-        "auto_of_best": times["auto"] / times[best],
-        "milliseconds": {plan: 1e3 * t for plan, t in times.items()},
-        "estimated_milliseconds": {str(plan): 1e3 * costs[plan] for plan in tried},
+        "work": row.name,
+        "sizes": asdict(row),
+        "chosen": str(choice.plan),
+        "why": choice.why,
+        **verdict(row, contenders),
+        "contenders": contenders,
+        "left_out": left_out | plans_left_out,
+        "failed": failed,
+        "estimated_milliseconds": {str(c.plan): 1e3 * c.cost.seconds for c in choice.candidates},
     }
 
 
+def time_all(
+    runs: dict[str, Callable[[], Tensor]], plans: dict[str, Call], checked: dict[str, Checked], options: Options
+) -> tuple[dict[str, Timing], set[str]]:
+    """Timings of all, and the names of those plans that the first warm-up round shows to be hopeless: that round is theirs.
+
+    A call that took so long when it was checked that its start-up costs do not show in it has had its first round there.
+    """
+    first = {}
+    for name, run in runs.items():
+        seconds = checked[name].seconds
+        first[name] = seconds if seconds > SURE_SECONDS else seconds_of(run, device=options.device)
+    limit = HOPELESS * first.get(str(TEXTBOOK), float("inf"))
+    hopeless = {name for name in plans if name in first and first[name] > limit}
+    rest = {name: run for name, run in runs.items() if name not in hopeless}
+    timings = interleaved(rest, budget=options.budget, warmup=1, device=options.device)
+    return timings | {name: Timing.of([first[name]]) for name in hopeless}, hopeless
+
+
+def weigh_all(
+    runs: dict[str, Callable[[], Tensor]], calls: dict[str, Call], inputs: Inputs, options: Options
+) -> dict[str, float | None]:
+    """Megabytes that one call of each adds; gradients of the calls before it are dropped first, so that its own are counted."""
+    megabytes = {}
+    for name, run in runs.items():
+        for leaf in [*inputs.leaves, *(weight for call in calls.values() for weight in call.parameters)]:
+            leaf.grad = None
+        megabytes[name] = peak_megabytes(run, options.device)
+    return megabytes
+
+
+def as_milliseconds(timing: Timing) -> dict[str, float]:
+    """A timing as it stands in the JSON."""
+    return {
+        "milliseconds": 1e3 * timing.median,
+        "low_quartile": 1e3 * timing.low_quartile,
+        "high_quartile": 1e3 * timing.high_quartile,
+        "rounds": timing.rounds,
+    }
+
+
+def verdict(row: Row, contenders: dict[str, dict[str, object]]) -> dict[str, object]:
+    """The choice against the best peer, the fastest forced plan, and what is usually written."""
+    times = {name: contender["milliseconds"] for name, contender in contenders.items()}
+    of_kind = {kind: [name for name, c in contenders.items() if c["kind"] == kind] for kind in ("peer", "plan")}
+    best = {kind: min(names, key=times.__getitem__, default=None) for kind, names in of_kind.items()}
+    common = COMMON_WAYS.get(row.kind)
+    common = common if common in times else None
+    return {
+        "best_peer": best["peer"],
+        "times_as_fast": times[best["peer"]] / times[AUTO],
+        "best_plan": best["plan"],
+        "of_best_plan": None if best["plan"] is None else times[AUTO] / times[best["plan"]],
+        "common_way": common,
+        "times_as_fast_as_common_way": None if common is None else times[common] / times[AUTO],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--train", action="store_true", help="time forward and backward")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", default="", metavar="TEXT", help="part of a row's name")
+    parser.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="time for a row; five rounds are run anyhow")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE", help="where everything is written, after each row")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    return parser.parse_args()
+
+
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--repeats", type=int, default=15)
-    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    arguments.add_argument("--train", action="store_true", help="time forward and backward")
-    arguments.add_argument("--only", help="part of a row's name")
-    arguments.add_argument("--json")
-    given = arguments.parse_args()
+    given = arguments()
+    rows = [row for row in ROWS if given.only in row.name]
+    if not rows:
+        raise SystemExit(f"no row's name contains {given.only!r}; the rows are: {'; '.join(row.name for row in ROWS)}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device here")
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    options = Options(getattr(torch, given.dtype), given.train, given.device, given.budget)
     print_machine()
-    print(f"\n{'work (n x m)':<32}{'chosen':<28}{'best plan':<28}{'times faster':>13}{'of best':>9}{'by hand ms':>12}")
-    rows = []
-    for name in WORK:
-        if given.only and given.only not in name:
-            continue
-        row = measure(name, getattr(torch, given.dtype), given.train, given.repeats)
-        rows.append(row)
-        print(
-            f"{name:<32}{row['chosen']:<28}{row['best']:<28}{row['times_faster']:>13.2f}{row['auto_of_best']:>9.2f}"
-            f"{row['milliseconds']['by hand']:>12.2f}",
-            flush=True,
-        )
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump({"machine": machine(), "dtype": given.dtype, "train": given.train, "rows": rows}, file, indent=1)
+    print_header(given.dtype, "training step" if given.train else "forward", given.device, given.markdown)
+    results: list[dict[str, object]] = []
+    for row in rows:
+        results.append(measure(row, options))
+        print_line(cells(results[-1]), given.markdown)
+        if given.json:
+            report = {"machine": machine(), "peers": versions(*PACKAGES), "options": vars(given), "rows": results}
+            with open(given.json, "w") as file:
+                json.dump(report, file, indent=1)
+    print_summary(results)
 
 
 if __name__ == "__main__":
