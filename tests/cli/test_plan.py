@@ -1,12 +1,14 @@
 """The planner on the command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cli.conftest import type_in
 from crossattention import CrossAttention
+from crossattention.plan import speeds_of, write_speeds
 
 SIZES = ["--queries", "8,1,384", "--context", "8,401,192", "--heads", "6"]
 
@@ -37,6 +39,45 @@ def test_learned_queries_and_beams_are_understood():
     beams = ["--queries", "8,4,1,384", *SIZES[2:], "--json"]
     assert json.loads(type_in("plan", *learned)[1])["sizes"]["query_length"] == 32
     assert json.loads(type_in("plan", *beams)[1])["sizes"]["repeats"] == 4
+
+
+def test_a_training_step_is_planned_as_one():
+    stdout = type_in("plan", *SIZES, "--train", "--json")[1]
+    choice = CrossAttention(384, 192, heads=6).plan_for((8, 1, 384), (8, 401, 192), trains=True)
+    assert json.loads(stdout) == json.loads(json.dumps(choice.as_dict()))
+    assert json.loads(stdout)["sizes"]["trains"] is True
+
+
+@pytest.fixture
+def slow_starts(tmp_path):
+    """A file of speeds for one dtype, of a machine that takes a second to start anything."""
+    speeds = replace(speeds_of("cpu", "float32"), step_seconds=1.0)
+    write_speeds(tmp_path / "slow.json", {("cpu", "float32"): speeds}, {"processor": "test"})
+    return tmp_path / "slow.json", speeds
+
+
+def test_a_file_of_speeds_takes_the_place_of_those_in_use(slow_starts):
+    path, speeds = slow_starts
+    code, stdout, _ = type_in("plan", *SIZES, "--speeds", path)
+    layer = CrossAttention(384, 192, heads=6)
+    assert code == 0
+    assert stdout == f"{layer.plan_for((8, 1, 384), (8, 401, 192), speeds=speeds)}\n"
+    assert stdout != f"{layer.plan_for((8, 1, 384), (8, 401, 192))}\n"
+    assert speeds_of("cpu", "float32").step_seconds < 1.0
+
+
+def test_a_dtype_that_the_file_has_no_speeds_for_is_an_error(slow_starts):
+    code, stdout, stderr = type_in("plan", *SIZES, "--dtype", "bfloat16", "--speeds", slow_starts[0])
+    assert (code, stdout) == (2, "")
+    assert "has no speeds for cpu bfloat16; it has: cpu float32; measure them with" in stderr
+
+
+def test_a_file_that_is_none_of_speeds_is_named(tmp_path):
+    (tmp_path / "notes.json").write_text("[]")
+    for path, message in ((tmp_path / "notes.json", "must have format"), (tmp_path / "nowhere.json", "nowhere.json: No such file")):
+        code, stdout, stderr = type_in("plan", *SIZES, "--speeds", path)
+        assert (code, stdout) == (2, "")
+        assert message in stderr
 
 
 @pytest.mark.parametrize(

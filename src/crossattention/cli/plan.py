@@ -1,11 +1,17 @@
 """`crossattention plan`: every evaluation order of one cross-attention, with its cost and why it is (not) chosen."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from crossattention.plan import Speeds
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class PlanArguments:
         out_dim: width of the output; the queries' where it is not given.
         uses: how many times one prepared context is read.
         dtype: what the work is computed in.
+        train: plan for a training step: forward and backward.
+        speeds: a file that benchmarks/calibrate.py wrote; plan with its constants in the place of those in use.
         json: print one JSON object in the place of the table.
     """
 
@@ -34,6 +42,8 @@ class PlanArguments:
     out_dim: int | None = None
     uses: int = 1
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    train: bool = False
+    speeds: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     json: bool = False
 
 
@@ -56,9 +66,24 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
         kv_heads=given.kv_heads,
         out_dim=given.out_dim,
     )
-    choice = layer.plan_for(queries, context, uses=given.uses, dtype=getattr(torch, given.dtype))
+    speeds = None if given.speeds is None else _speeds(given.speeds, given.dtype)
+    dtype = getattr(torch, given.dtype)
+    choice = layer.plan_for(queries, context, uses=given.uses, dtype=dtype, trains=given.train, speeds=speeds)
     print(json.dumps(choice.as_dict()) if given.json else choice)
     return 0
+
+
+def _speeds(path: Path, dtype: str) -> Speeds:
+    """The file's constants for a CPU and this dtype: sizes that are typed in are planned for the CPU."""
+    from crossattention.plan import read_speeds
+
+    table = read_speeds(path)
+    if ("cpu", dtype) not in table:
+        held = ", ".join(" ".join(key) for key in table) or "none"
+        raise ValueError(
+            f"--speeds {path} has no speeds for cpu {dtype}; it has: {held}; measure them with benchmarks/calibrate.py"
+        )
+    return table["cpu", dtype]
 
 
 def _shape(name: str, text: str, *, lengths: tuple[int, ...]) -> tuple[int, ...]:
