@@ -1,0 +1,115 @@
+"""Does torch.compile make a layer slower or faster than it is eagerly?
+
+    python benchmarks/compiled.py [--only "1 x 1,500"] [--budget 5] [--json FILE]
+
+Each row of rows.py but those of beams, learned queries and decoding, which are not one call with plain inputs: the layer with
+the planner's plan fixed, eager against compiled (inductor, one graph), float32 forward without gradients. Both run in turn in one
+process; figures are medians, and compilation is not in them. "eager / compiled" is the eager time over the compiled one: above 1,
+compiling helps.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+
+import torch
+from machine import machine, print_machine
+from report import NOT_SLOWER
+from rows import ROWS, Inputs, Row, make_inputs, make_layer
+from timing import interleaved
+
+from crossattention import CrossAttention
+
+SKIPPED = ("beams", "learned", "decode")
+TOLERANCE = 1e-4
+"""Largest difference of the compiled result from the eager one, in terms of the eager result's largest value."""
+WIDTHS = (42, 28, 12, 14, 18, 12)
+HEAD = ("work (queries x context, widths, heads)", "plan fixed", "eager ms", "compiled ms", "eager / compiled", "compiling s")
+
+
+def rows(only: str) -> list[Row]:
+    """The rows to run."""
+    found = [row for row in ROWS if row.kind not in SKIPPED and only in row.name]
+    if not found:
+        raise SystemExit(
+            f"no row's name contains {only!r}; the rows are: {'; '.join(r.name for r in ROWS if r.kind not in SKIPPED)}"
+        )
+    return found
+
+
+@torch.no_grad()
+def measure(row: Row, budget: float) -> dict[str, object]:
+    """Eager and compiled calls of one row, compared once and then timed."""
+    layer = make_layer(row, torch.float32, "cpu").eval()
+    plan = layer.fix_plan(query_length=row.query_length, context_length=row.context_length, batch=row.batch)
+    inputs = make_inputs(row, torch.float32, "cpu", train=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    begun = time.perf_counter()
+    check(row, layer, compiled(inputs.queries(), inputs.b), inputs)
+    compiling = time.perf_counter() - begun
+    calls = {"eager": lambda: layer(inputs.queries(), inputs.b), "compiled": lambda: compiled(inputs.queries(), inputs.b)}
+    timings = interleaved(calls, budget=budget)
+    return {
+        "work": row.name,
+        "sizes": asdict(row),
+        "plan": str(plan),
+        "eager_over_compiled": timings["eager"].median / timings["compiled"].median,
+        "first_call_seconds": compiling,
+        "seconds": {name: asdict(timing) for name, timing in timings.items()},
+    }
+
+
+def check(row: Row, layer: CrossAttention, found: torch.Tensor, inputs: Inputs) -> None:
+    """Stop if the compiled layer gives something else."""
+    wanted = layer(inputs.queries(), inputs.b)
+    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise SystemExit(
+            f"{row.name}: compiled is wrong: it differs by {difference:.2g} of the largest value, more than {TOLERANCE}"
+        )
+
+
+def print_row(texts: tuple[str, ...]) -> None:
+    print("".join(text.ljust(width) for text, width in zip(texts, WIDTHS, strict=True)).rstrip(), flush=True)
+
+
+def cells(result: dict[str, object]) -> tuple[str, ...]:
+    """One row of the table."""
+    eager, compiled = (1e3 * result["seconds"][name]["median"] for name in ("eager", "compiled"))
+    ratio, first = result["eager_over_compiled"], result["first_call_seconds"]
+    return result["work"], result["plan"], f"{eager:,.2f}", f"{compiled:,.2f}", f"{ratio:.2f}", f"{first:.1f}"
+
+
+def print_summary(results: list[dict[str, object]]) -> None:
+    slower = [f"{r['work']} ({r['eager_over_compiled']:.2f})" for r in results if r["eager_over_compiled"] < NOT_SLOWER]
+    others = f"; slower: {', '.join(slower)}" if slower else ""
+    print(f"\nnot slower (at least {NOT_SLOWER} of the eager speed): {len(results) - len(slower)} of {len(results)} rows{others}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default="", metavar="TEXT", help="part of a row's name")
+    options.add_argument("--budget", type=float, default=5.0, metavar="SECONDS", help="time for a row; five rounds are run anyhow")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--json", metavar="FILE", help="where everything is written, after each row")
+    given = options.parse_args()
+    chosen = rows(given.only)
+    torch.manual_seed(0)
+    torch.set_num_threads(given.threads)
+    print_machine()
+    print("\nfloat32, forward, cpu\n")
+    print_row(HEAD)
+    results: list[dict[str, object]] = []
+    for row in chosen:
+        results.append(measure(row, given.budget))
+        print_row(cells(results[-1]))
+        if given.json:
+            with open(given.json, "w") as file:
+                json.dump({"machine": machine(), "options": vars(given), "rows": results}, file, indent=1)
+    print_summary(results)
+
+
+if __name__ == "__main__":
+    main()
