@@ -4,8 +4,8 @@ from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK, Forbidden, Plan
 from crossattention.plan.plans import reasons_against
 
 
-def test_there_are_nine_pairs_of_meeting_spaces_and_two_kernels():
-    assert len(set(ALL_PLANS)) == 9 and len(set(CANDIDATES)) == 18
+def test_there_are_nine_pairs_of_meeting_spaces_and_three_kernels():
+    assert len(set(ALL_PLANS)) == 9 and len(set(CANDIDATES)) == 27
     assert [str(plan) for plan in ALL_PLANS[:2]] == ["head+head", "head+context"]
     assert str(Plan("query", "output", "explicit")) == "query+output (explicit)"
 
@@ -19,7 +19,7 @@ def test_a_plan_that_does_not_exist_says_which_do():
         Plan("output")
     with pytest.raises(PlanError, match=r"values='query'.*head, context, output"):
         Plan("head", "query")
-    with pytest.raises(PlanError, match=r"kernel='flash'.*fused, explicit"):
+    with pytest.raises(PlanError, match=r"kernel='flash'.*fused, explicit, blocked"):
         Plan(kernel="flash")
 
 

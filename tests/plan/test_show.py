@@ -16,7 +16,7 @@ def test_the_table_shows_sizes_choice_every_plan_and_every_reason():
         assert part in text
     assert "20 uses" in text and "bfloat16 on cpu" in text and f"chosen: {choice.plan}" in text
     lines = text.splitlines()
-    assert sum("illegal: rotary positions stand between Wq and Wk" in line for line in lines) == 6
+    assert sum("illegal: rotary positions stand between Wq and Wk" in line for line in lines) == 9
     assert sum(line.startswith("* ") for line in lines) == 1
     assert all(any(f"{p.scores}+{p.values} ({p.kernel})" in line for line in lines) for p in CANDIDATES)
 
@@ -24,4 +24,4 @@ def test_the_table_shows_sizes_choice_every_plan_and_every_reason():
 def test_the_same_as_plain_data_survives_json():
     choice = choose_plan(SIZES)
     data = json.loads(json.dumps(choice.as_dict()))
-    assert data["plan"]["scores"] == choice.plan.scores and data["sizes"]["repeats"] == 3 and len(data["candidates"]) == 18
+    assert data["plan"]["scores"] == choice.plan.scores and data["sizes"]["repeats"] == 3 and len(data["candidates"]) == 27

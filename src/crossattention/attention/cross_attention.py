@@ -19,7 +19,7 @@ from crossattention.attention import execute
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp
-from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, choose_plan
+from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.plans import reasons_against
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -51,6 +51,9 @@ def _cached_sizes(
     uses: int,
     dtype: torch.dtype,
     device: str,
+    shares_queries: bool,
+    trains: bool,
+    threads: int,
 ) -> Sizes:
     """`Sizes`, checked once for each combination: a layer asks at every call."""
     return Sizes(
@@ -68,6 +71,9 @@ def _cached_sizes(
         uses=uses,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
+        shares_queries=shares_queries,
+        trains=trains,
+        threads=threads,
     )
 
 
@@ -191,6 +197,8 @@ class CrossAttention(nn.Module):
         *,
         uses: int = 1,
         dtype: torch.dtype | None = None,
+        trains: bool = False,
+        speeds: Speeds | None = None,
     ) -> Choice:
         """The plan that the layer would run for these shapes, and every other plan: cost, why, what was illegal and why.
 
@@ -199,6 +207,8 @@ class CrossAttention(nn.Module):
             context_shape: shape of B: (z, m, b).
             uses: how many times one prepared B is read.
             dtype: dtype that the work runs in; default the weights', or autocast's where it is on.
+            trains: whether a backward pass follows.
+            speeds: constants of the device; default those in use (`crossattention.plan.use_speeds`).
 
         Returns:
             The choice; `print` it for the table, `as_dict()` for JSON. If the plan is pinned, the choice says so.
@@ -209,15 +219,27 @@ class CrossAttention(nn.Module):
         query_shape, context_shape = tuple(query_shape), tuple(context_shape)
         self._check_shapes(query_shape, context_shape)
         repeats = query_shape[1] if len(query_shape) == 4 else 1
-        sizes = self._sizes(context_shape, query_shape[-2], repeats, uses, dtype)
-        choice = choose_plan(sizes, self.forbidden())
+        sizes = self._sizes(
+            context_shape, query_shape[-2], repeats, uses, dtype, shares_queries=len(query_shape) == 2, trains=trains
+        )
+        choice = choose_plan(sizes, self.forbidden(), speeds)
         if self.plan == "auto":
             return choice
         pinned = TEXTBOOK if self.plan == "textbook" else self.plan
         assert isinstance(pinned, Plan)
         return Choice(pinned, "given to the layer", sizes, choice.candidates)
 
-    def fix_plan(self, *, query_length: int, context_length: int, uses: int = 1, batch: int = 1, repeats: int = 1) -> Plan:
+    def fix_plan(
+        self,
+        *,
+        query_length: int,
+        context_length: int,
+        uses: int = 1,
+        batch: int = 1,
+        repeats: int = 1,
+        shares_queries: bool = False,
+        trains: bool = False,
+    ) -> Plan:
         """Choose a plan for these sizes and pin it, so that graphs traced later run it; `layer.plan = "auto"` frees it again.
 
         Args:
@@ -226,24 +248,59 @@ class CrossAttention(nn.Module):
             uses: typical number of reads of one prepared context.
             batch: typical z.
             repeats: typical r.
+            shares_queries: whether the queries are learned ones, (n, a), projected once for the whole batch.
+            trains: whether a backward pass follows.
 
         Returns:
             The plan that was pinned.
         """
-        sizes = self._sizes((batch, context_length, self.context_dim), query_length, repeats, uses, None)
+        sizes = self._sizes(
+            (batch, context_length, self.context_dim),
+            query_length,
+            repeats,
+            uses,
+            None,
+            shares_queries=shares_queries,
+            trains=trains,
+        )
         self.plan = choose_plan(sizes, self.forbidden()).plan
         return self.plan
 
-    def _sizes(self, context_shape: Sequence[int], query_length: int, repeats: int, uses: int, dtype: torch.dtype | None) -> Sizes:
+    def _sizes(
+        self,
+        context_shape: Sequence[int],
+        query_length: int,
+        repeats: int,
+        uses: int,
+        dtype: torch.dtype | None,
+        *,
+        shares_queries: bool = False,
+        trains: bool = False,
+    ) -> Sizes:
         weight = floating_weight(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         device = "cpu" if weight is None else weight.device.type
         if dtype is None:
             held = torch.get_default_dtype() if weight is None else weight.dtype
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else held
         widths = (self.query_dim, self.context_dim, self.heads, self.kv_heads, self.head_dim, self.value_head_dim, self.out_dim)
-        return _cached_sizes(context_shape[0], query_length, context_shape[1], *widths, repeats, uses, dtype, device)
+        threads = torch.get_num_threads() if device == "cpu" else 1
+        return _cached_sizes(
+            context_shape[0],
+            query_length,
+            context_shape[1],
+            *widths,
+            repeats,
+            uses,
+            dtype,
+            device,
+            shares_queries,
+            trains,
+            threads,
+        )
 
-    def _plan_of(self, b: Tensor, query_length: int | None, repeats: int | None, uses: int | None) -> Plan:
+    def _plan_of(
+        self, b: Tensor, query_length: int | None, repeats: int | None, uses: int | None, shares_queries: bool = False
+    ) -> Plan:
         """The plan to prepare B by: pinned, the textbook's inside graphs and without hints, else chosen by size."""
         is_traced = torch.compiler.is_compiling()
         if isinstance(self._plan, Plan):
@@ -253,8 +310,22 @@ class CrossAttention(nn.Module):
         hinted = query_length is not None or uses is not None or repeats is not None
         if self._plan == "textbook" or not hinted or is_traced:
             return TEXTBOOK
-        sizes = self._sizes(b.shape, 1 if query_length is None else query_length, repeats or 1, uses or 1, None)
+        sizes = self._sizes(
+            b.shape,
+            1 if query_length is None else query_length,
+            repeats or 1,
+            uses or 1,
+            None,
+            shares_queries=shares_queries,
+            trains=self._trains(b),
+        )
         return choose_plan(sizes, self.forbidden()).plan
+
+    def _trains(self, b: Tensor) -> bool:
+        """Whether a backward pass may follow what is made of B; queries are not asked, as `prepare` does not know them."""
+        if not torch.is_grad_enabled():
+            return False
+        return b.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     # ------------------------------------------------------------------------------------------------- running
 
@@ -292,7 +363,7 @@ class CrossAttention(nn.Module):
         check_is_tensor("context", b)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
         self._check_tensor("queries", a)
-        plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1)
+        plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1, shares_queries=a.dim() == 2)
         prepared = self._prepare(b, context_mask, context_positions, plan, stamped=False)
         return self._attend(a, prepared, attn_mask, query_positions)
 
@@ -304,6 +375,7 @@ class CrossAttention(nn.Module):
         query_length: int | None = None,
         repeats: int | None = None,
         uses: int | None = None,
+        shares_queries: bool = False,
         context_positions: Tensor | None = None,
     ) -> PreparedContext:
         """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
@@ -315,6 +387,7 @@ class CrossAttention(nn.Module):
             repeats: hint: r of each read, where queries come as (z, r, n, a).
             uses: hint: how many reads there will be. Without any hint the textbook's keys and values are made; with some, the
                 others count as 1.
+            shares_queries: hint: each read has learned queries (n, a), projected once for the whole batch.
             context_positions: integers (m,) or (z, m), for a position part.
 
         Returns:
@@ -338,7 +411,7 @@ class CrossAttention(nn.Module):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
-        plan = self._plan_of(b, query_length, repeats, uses)
+        plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
         return self._prepare(b, context_mask, context_positions, plan, stamped=True)
 
     def attend(

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.masks import ScoreMask
+from crossattention.attention.products import batched, is_transformed, project
 from crossattention.plan import Plan
+from crossattention.plan.blocks import NARROW_ROW
 
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
@@ -41,12 +44,12 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     if space == "context":
         return _with_whole_rows(b).unsqueeze(1), None
     if space == "head":
-        keys_zgmk = split_heads(layer.k_proj(b), layer.kv_heads).transpose(1, 2)
+        keys_zgmk = split_heads(project(layer.k_proj, b), layer.kv_heads).transpose(1, 2)
         return place_keys(layer, keys_zgmk, positions), None
     # The key bias may stay in: A Wq bk is the same for every key and cancels in the softmax.
     keys_zmgk = split_heads(_project_unrounded(layer.k_proj, b), layer.kv_heads)
-    weight = _grouped_rows(layer.q_proj.weight, layer).to(keys_zmgk.dtype)
-    keys = _rounded(torch.einsum("zmgk,gska->zgsma", keys_zmgk, weight).flatten(1, 2), b)
+    weight = layer.q_proj.weight.unflatten(0, (layer.heads, -1)).transpose(1, 2)
+    keys = _rounded(_by_head(keys_zmgk, weight), b)
     if layer.q_proj.bias is None:
         return keys, None
     bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
@@ -59,10 +62,20 @@ def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:
     if space == "context":
         return _with_whole_rows(b).unsqueeze(1)
     if space == "head":
-        return split_heads(layer.v_proj(b), layer.kv_heads).transpose(1, 2)
+        return split_heads(project(layer.v_proj, b), layer.kv_heads).transpose(1, 2)
     values_zmgv = split_heads(_project_unrounded(layer.v_proj, b), layer.kv_heads)
-    weight = layer.out_proj.weight.unflatten(1, (layer.kv_heads, -1, layer.value_head_dim)).to(values_zmgv.dtype)
-    return _rounded(torch.einsum("zmgv,ogsv->zgsmo", values_zmgv, weight).flatten(1, 2), b)
+    weight = layer.out_proj.weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)
+    return _rounded(_by_head(values_zmgv, weight), b)
+
+
+def _by_head(made_zmgk: Tensor, weight_hck: Tensor) -> Tensor:
+    """What is made of B, (z, m, g, k), times each head's weight (h, c, k) transposed: (z, h, m, c)."""
+    z, m, groups, k = made_zmgk.shape
+    heads, width, _ = weight_hck.shape
+    flat = made_zmgk.permute(2, 0, 1, 3).reshape(groups, z * m, k)
+    if heads > groups:
+        flat = flat.repeat_interleave(heads // groups, 0)
+    return batched(flat, weight_hck.to(flat.dtype)).view(heads, z, m, width).transpose(0, 1)
 
 
 def _with_whole_rows(b: Tensor) -> Tensor:
@@ -77,8 +90,7 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
     that does more than its product (an adapter, a hook) is called as it is, in its own precision.
     """
     if b.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(b.device.type) or does_more(projection):
-        projected: Tensor = projection(b)
-        return projected
+        return project(projection, b)
     assert isinstance(projection, nn.Linear)
     bias = None if projection.bias is None else projection.bias.float()
     return F.linear(b.float(), projection.weight.float(), bias)
@@ -126,7 +138,7 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
         # All heads share A, so a kernel sees overlapping queries. The CPU's lays its output out by their strides and goes wrong,
         # silently, where two rows overlap (frames by `unfold`) or a length of one has a stray stride: written out, they are plain.
         return a.contiguous().reshape(a.shape[0], 1, a.shape[1], a.shape[2]), None
-    projected = split_heads(layer.q_proj(a), layer.heads).transpose(1, 2)
+    projected = split_heads(project(layer.q_proj, a), layer.heads).transpose(1, 2)
     if space == "head":
         return place_queries(layer, projected, positions), projected
     bias = layer.k_proj.bias
@@ -134,7 +146,16 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
     weight = layer.k_proj.weight.unflatten(0, (layer.kv_heads, layer.head_dim))
-    return torch.einsum("zgsnk,gkb->zgsnb", queries.unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2), projected
+    return _by_group(queries, weight.transpose(1, 2)), projected
+
+
+def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
+    """Each head (z, h, n, k) times the weight (g, c, k) of its group, transposed: (z, h, n, c)."""
+    z, heads, n, k = heads_zhnk.shape
+    groups, width, _ = weight_gck.shape
+    share = heads // groups
+    grouped = heads_zhnk.unflatten(1, (groups, share)).transpose(0, 1).reshape(groups, z * share * n, k)
+    return batched(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
 
 
 def place_queries(layer: HasParts, queries: Tensor, positions: Tensor | None) -> Tensor:
@@ -173,7 +194,7 @@ def attend_heads(
         mask: what is masked or added.
         scale: factor of the scores.
         dropout: probability of dropping a weight; the same pairs are dropped by every plan for one state of the generator.
-        kernel: "fused" or "explicit".
+        kernel: "fused", "explicit" or "blocked".
         sums_heads: whether the heads' results are summed, giving (z, 1, n, w).
         wants_row_sums: whether the sum of each row of weights is asked for.
 
@@ -182,9 +203,13 @@ def attend_heads(
     """
     queries, keys, values = _to_autocast_dtype(queries, keys, values)
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
-    if kernel == "fused" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
-        out = _fused(queries, keys, values, mask, scale)
-        return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out), mask.live
+    if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
+        if kernel == "fused" or torch.compiler.is_exporting():
+            out = _fused(queries, keys, values, mask, scale)
+            return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out), mask.live
+        if not is_transformed():
+            with torch.autocast(queries.device.type, enabled=False):
+                return attend_blocks(queries, keys, values, mask.tensor, mask.live, scale, sums_heads), mask.live
     with torch.autocast(queries.device.type, enabled=False):
         weights = explicit_weights(queries, keys, mask, scale)
         if dropout > 0.0:
@@ -199,27 +224,67 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
     """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
     dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
     queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
-    if queries.shape[1] == 1 and keys.shape[1] > 1:  # one product for all heads
-        scores = torch.einsum("znc,zhmc->znhm", queries[:, 0] * scale, keys).transpose(1, 2)
+    if keys.numel() < queries.numel() and not torch.compiler.is_compiling():  # scale the fewer numbers
+        scores = _explicit_scores(queries, keys * scale)
     else:
-        grouped = queries.unflatten(1, (keys.shape[1], -1)) * scale
-        scores = torch.einsum("zgsnc,zgmc->zgsnm", grouped, keys).flatten(1, 2)
+        scores = _explicit_scores(queries * scale, keys)
     if mask.tensor is not None:
         if mask.tensor.dtype == torch.bool:
             scores = scores.masked_fill(~mask.tensor, -torch.inf)
         else:
             scores = scores + mask.tensor.to(dtype)
     if mask.live is None:
-        return scores.softmax(-1)
+        return _softmax(scores)
     # A row of -inf alone would be NaN, forward and backward; as a row of zeros it is finite, and then cut.
-    return scores.masked_fill(~mask.live, 0.0).softmax(-1).masked_fill(~mask.live, 0.0)
+    return _softmax(scores.masked_fill(~mask.live, 0.0)).masked_fill(~mask.live, 0.0)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over m of (z, h, n, m), in the layout that the scores have: torch's would write them out row by row first."""
+    if torch.compiler.is_compiling() or scores.stride(3) == 1:
+        return scores.softmax(-1)
+    for order, back, dim in (((0, 1, 3, 2), (0, 1, 3, 2), 2), ((0, 3, 1, 2), (0, 2, 3, 1), 1)):
+        if scores.permute(order).is_contiguous():
+            return scores.permute(order).softmax(dim).permute(back)
+    return scores.softmax(-1)
+
+
+def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """(z, h, n, m). Where the context is short, as (z, h, m, n) in memory: a softmax across rows is quicker than along short ones."""
+    z, groups, m, width = keys.shape
+    heads, n = queries.shape[1], queries.shape[2]
+    queries = queries.expand(z, heads, n, queries.shape[3])
+    if heads == 1:  # one product for all groups, which share the queries
+        left, right = queries[:, 0], keys.flatten(1, 2)
+        if _is_narrow(m):
+            return batched(right, left).view(z, groups, m, n).transpose(2, 3)
+        return batched(left, right).view(z, n, groups, m).transpose(1, 2)
+    share = heads // groups
+    left, right = queries.reshape(z * groups, share * n, width), keys.flatten(0, 1)
+    if _is_narrow(m) and (groups == 1 or share == 1):
+        across = batched(right, left).view(z, groups, m, share, n)
+        return across.permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return batched(left, right).view(z, heads, n, m)
+
+
+def _is_narrow(context_length: int) -> bool:
+    """Whether rows are short; a graph never branches on lengths."""
+    return not torch.compiler.is_compiling() and context_length <= NARROW_ROW
 
 
 def _explicit_values(weights: Tensor, values: Tensor, sums_heads: bool) -> Tensor:
+    """What the weights read: (z, h, n, w), or the sum over heads (z, 1, n, w)."""
+    z, heads, n, m = weights.shape
     if sums_heads:
-        return torch.einsum("zhnm,zhmo->zno", weights, _unrounded(values)).unsqueeze(1)
-    weights = weights.to(values.dtype)
-    return torch.einsum("zgsnm,zgmw->zgsnw", weights.unflatten(1, (values.shape[1], -1)), values).flatten(1, 2)
+        across = weights.transpose(2, 3)
+        if not torch.compiler.is_compiling() and across.is_contiguous():
+            joined = across.reshape(z, heads * m, n).transpose(1, 2)
+        else:
+            joined = weights.transpose(1, 2).reshape(z, n, heads * m)
+        return batched(joined, _unrounded(values).flatten(1, 2).transpose(1, 2)).unsqueeze(1)
+    groups, width = values.shape[1], values.shape[3]
+    grouped = weights.to(values.dtype).reshape(z * groups, heads // groups * n, m)
+    return batched(grouped, values.flatten(0, 1).transpose(1, 2)).view(z, heads, n, width)
 
 
 def _dropout_factors(weights: Tensor, dropout: float) -> Tensor:
@@ -306,12 +371,11 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
         return (read[:, 0] if bias is None else read[:, 0] + bias.to(read.dtype)).to(dtype)
     if space == "context":
         weight = _unrounded(layer.v_proj.weight).unflatten(0, (layer.kv_heads, layer.value_head_dim))
-        read = torch.einsum("zgsnb,gvb->zgsnv", _unrounded(read).unflatten(1, (layer.kv_heads, -1)), weight).flatten(1, 2)
+        read = _by_group(_unrounded(read), weight)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
         read = read.to(dtype)
-    joined: Tensor = layer.out_proj(read.transpose(1, 2).flatten(2))
-    return joined
+    return project(layer.out_proj, read.transpose(1, 2).flatten(2))
 
 
 def _value_bias(layer: CrossAttention, row_sums: Tensor | None, read: Tensor) -> Tensor:

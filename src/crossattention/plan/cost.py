@@ -1,88 +1,47 @@
 """What a plan costs: floating-point operations and bytes of each step, and seconds from what the device does well.
 
-The model is deliberately small: a step takes the longer of its arithmetic and its memory traffic, plus a fixed launch. It has to
-rank plans, not to predict clocks. `docs/planning.md` derives the formulas; `Speeds` holds the measured constants of a device.
+A step takes its arithmetic, its traffic to cache and memory, its exponentials and its launches; `Speeds` holds the device's constants,
+`docs/planning.md` derives the formulas. The model has to rank plans, not to predict clocks.
 
 Legend: z batch, n queries (all repeats of one context together), m context length, a/b/o widths of A, B, output, h heads,
-g key-value heads, k/v head widths.
+g key-value heads, k/v head widths, c/w widths in which scores and values meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import NamedTuple
 
+from crossattention.plan import blocks
 from crossattention.plan.plans import Plan
 from crossattention.plan.sizes import Sizes
+from crossattention.plan.speeds import Speeds, speeds_of
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What a device does well, in plain numbers.
-
-    Args:
-        matmul_flops: floating-point operations a second in large matrix products.
-        fused_flops: the same inside the fused attention kernel.
-        bytes: bytes a second to and from memory.
-        softmax: exponentials a second in a softmax whose weights are held in memory.
-        step_seconds: fixed cost of starting one step.
-    """
-
-    matmul_flops: float
-    fused_flops: float
-    bytes: float
-    softmax: float
-    step_seconds: float
-
-
-# Two cores of a current server processor: float32 fitted to the times of every plan on 81 shapes (dev/LOG.md, 2026-11-23), the
-# other dtypes scaled from it; and, unmeasured, one current data-centre GPU.
-SPEEDS: dict[tuple[str, str], Speeds] = {
-    ("cpu", "float64"): Speeds(1e11, 1.1e11, 2.1e10, 2.2e8, 5e-6),
-    ("cpu", "float32"): Speeds(2.0e11, 2.2e11, 2.1e10, 4.4e8, 5e-6),
-    ("cpu", "bfloat16"): Speeds(6e11, 3e11, 2.1e10, 3e8, 5e-6),
-    ("cpu", "float16"): Speeds(1e11, 1e11, 2.1e10, 3e8, 5e-6),
-    ("cuda", "float64"): Speeds(3e13, 1e12, 3e12, 3e11, 8e-6),
-    ("cuda", "float32"): Speeds(4e13, 3e13, 3e12, 3e11, 8e-6),
-    ("cuda", "bfloat16"): Speeds(5e14, 3e14, 3e12, 3e11, 8e-6),
-    ("cuda", "float16"): Speeds(5e14, 3e14, 3e12, 3e11, 8e-6),
-}
-
-
-def speeds_of(device: str, dtype: str) -> Speeds:
-    """The constants of a device type; an unknown device is planned for like a CPU."""
-    return SPEEDS.get((device, dtype)) or SPEEDS["cpu", dtype]
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step of a plan: its name, FLOPs, elements moved, exponentials, and whether the fused kernel runs it."""
+class Step(NamedTuple):
+    """One step of a plan: its name, FLOPs, elements moved to and from memory, and estimated seconds."""
 
     name: str
     flops: int
     elements: int
-    exponentials: int = 0
-    is_fused: bool = False
-
-    def seconds(self, speeds: Speeds, element_bytes: int) -> float:
-        """Time of this step: arithmetic or memory, whichever is longer, and the launch."""
-        rate = speeds.fused_flops if self.is_fused else speeds.matmul_flops
-        softmax = 0.0 if self.is_fused else self.exponentials / speeds.softmax
-        return max(self.flops / rate, self.elements * element_bytes / speeds.bytes) + softmax + speeds.step_seconds
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated cost of one `prepare` and of one `attend` by a plan.
+    """Estimated cost of one `prepare` and of one `attend` by a plan; of a training step, with its backward pass.
 
     Args:
-        prepare_flops: floating-point operations of `prepare`.
-        attend_flops: floating-point operations of one `attend`.
-        prepare_seconds: estimated seconds of `prepare`.
-        attend_seconds: estimated seconds of one `attend`.
+        prepare_flops: floating-point operations of `prepare`, forward.
+        attend_flops: floating-point operations of one `attend`, forward.
+        prepare_seconds: estimated seconds of `prepare`, with its backward pass where `sizes.trains`.
+        attend_seconds: estimated seconds of one `attend`, likewise.
         prepared_bytes: memory that the prepared context holds, B itself included where the plan keeps B.
         moved_bytes: bytes moved by one `prepare` and one `attend`.
         uses: reads of one prepared context that `seconds` counts.
+        peak_bytes: an estimate of the most memory that is held at once beside weights, A and B.
     """
 
     prepare_flops: int
@@ -92,6 +51,7 @@ class Cost:
     prepared_bytes: int
     moved_bytes: int
     uses: int
+    peak_bytes: int
 
     @property
     def flops(self) -> int:
@@ -102,69 +62,6 @@ class Cost:
     def seconds(self) -> float:
         """Seconds of one `prepare` and all its uses."""
         return self.prepare_seconds + self.uses * self.attend_seconds
-
-
-def matmul(name: str, rows: int, inner: int, columns: int, batches: int = 1, right_batches: int | None = None) -> Work:
-    """A (batched) matrix product: 2 FLOPs a multiply-add; each operand and the result moved once."""
-    right = batches if right_batches is None else right_batches
-    moved = batches * rows * (inner + columns) + right * inner * columns
-    return Work(name, 2 * batches * rows * inner * columns, moved)
-
-
-def prepare_steps(plan: Plan, sizes: Sizes) -> Iterator[Work]:
-    """The steps that turn B into what the plan's two meeting spaces want of it."""
-    z, m, a, b, o = sizes.batch, sizes.context_length, sizes.query_dim, sizes.context_dim, sizes.out_dim
-    h, g, k, v = sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.value_head_dim
-    if plan.scores != "context":
-        yield matmul("B Wk", z * m, b, g * k)
-    if plan.scores == "query":
-        yield matmul("(B Wk) Wq^T", z * m, k, a, batches=h)
-    if plan.values != "context":
-        yield matmul("B Wv", z * m, b, g * v)
-    if plan.values == "output":
-        yield matmul("(B Wv) Wo", z * m, v, o, batches=h)
-    key_width, value_width = meeting_widths(plan, sizes)
-    if plan.kernel == "fused" and key_width != value_width:
-        key_groups, value_groups = meeting_groups(plan, sizes)
-        groups = key_groups if key_width < value_width else value_groups
-        yield Work("pad to one width", 0, z * groups * m * (key_width + value_width))
-
-
-def attend_steps(plan: Plan, sizes: Sizes) -> Iterator[Work]:
-    """The steps of one `attend` on the prepared context."""
-    z, n, m = sizes.batch, sizes.repeats * sizes.query_length, sizes.context_length
-    a, b, o = sizes.query_dim, sizes.context_dim, sizes.out_dim
-    h, k, v = sizes.heads, sizes.head_dim, sizes.value_head_dim
-    projected = (1 if sizes.shares_queries else z) * n
-    if plan.scores != "query":
-        yield matmul("A Wq", projected, a, h * k)
-    if plan.scores == "context":
-        yield matmul("(A Wq) Wk^T", projected, k, b, batches=h)
-    yield from _kernel_steps(plan, sizes)
-    if plan.values == "context":
-        yield matmul("(P B) Wv", z * n, b, v, batches=h)
-    if plan.values != "output":
-        yield matmul("out_proj", z * n, h * v, o)
-    elif plan.kernel == "fused":
-        yield Work("sum over heads", z * h * n * o, z * (h + 1) * n * o)
-    del m
-
-
-def _kernel_steps(plan: Plan, sizes: Sizes) -> Iterator[Work]:
-    z, n, m, h = sizes.batch, sizes.repeats * sizes.query_length, sizes.context_length, sizes.heads
-    key_width, value_width = meeting_widths(plan, sizes)
-    key_groups, value_groups = meeting_groups(plan, sizes)
-    weights = z * h * n * m
-    if plan.kernel == "fused":
-        width = max(key_width, value_width)
-        moved = z * (2 * h * n + m * (key_groups + value_groups)) * width
-        yield Work("fused attention", 4 * weights * width, moved, is_fused=True)
-        return
-    query_heads = 1 if plan.scores == "query" else h
-    yield Work("scores", 2 * weights * key_width, z * (query_heads * n + key_groups * m) * key_width + weights)
-    yield Work("softmax", 4 * weights, 2 * weights, exponentials=weights)
-    out_heads = 1 if plan.values == "output" else h
-    yield Work("P times values", 2 * weights * value_width, z * (out_heads * n + value_groups * m) * value_width + weights)
 
 
 def meeting_widths(plan: Plan, sizes: Sizes) -> tuple[int, int]:
@@ -181,12 +78,285 @@ def meeting_groups(plan: Plan, sizes: Sizes) -> tuple[int, int]:
     return key_groups, value_groups
 
 
-def cost_of(plan: Plan, sizes: Sizes) -> Cost:
+class CostModel:
+    """The cost of every plan of one piece of work; steps that plans share are counted once.
+
+    Args:
+        sizes: the work.
+        speeds: constants of the device; default those in use for its device and dtype (`speeds_of`).
+    """
+
+    def __init__(self, sizes: Sizes, speeds: Speeds | None = None) -> None:
+        self.sizes = sizes
+        self.speeds = speeds_of(sizes.device, sizes.dtype) if speeds is None else speeds
+        self.threads = min(sizes.threads, 4 * self.speeds.threads)
+        self.z, self.n, self.m = sizes.batch, sizes.repeats * sizes.query_length, sizes.context_length
+        self.query_items = 1 if sizes.shares_queries else sizes.batch
+        is_half = sizes.dtype in ("bfloat16", "float16")
+        # Scores are float32 numbers, so outside of the fused kernel half precision is multiplied as float32 there.
+        self._score_speeds = speeds_of(sizes.device, "float32") if is_half else self.speeds
+        self._element = sizes.element_bytes
+        self._score_element = 4 if is_half else self._element
+
+    def cost(self, plan: Plan) -> Cost:
+        """The cost of one plan."""
+        sizes = self.sizes
+        prepare = [*self._keys[plan.scores], *self._values[plan.values], *self._padding(plan)]
+        attend = [*self._queries[plan.scores], *self._kernel(plan), *self._finish[plan.values]]
+        key_width, value_width = meeting_widths(plan, sizes)
+        key_groups, value_groups = meeting_groups(plan, sizes)
+        if plan.kernel == "fused":
+            key_width = value_width = max(key_width, value_width)
+        held = key_groups * key_width
+        if not plan.scores == plan.values == "context":
+            held += value_groups * value_width
+        prepared = self.z * self.m * held * self._element
+        return Cost(
+            prepare_flops=sum(step.flops for step in prepare),
+            attend_flops=sum(step.flops for step in attend),
+            prepare_seconds=sum(step.seconds for step in prepare),
+            attend_seconds=sum(step.seconds for step in attend),
+            prepared_bytes=prepared,
+            moved_bytes=sum(step.elements for step in (*prepare, *attend)) * self._element,
+            uses=sizes.uses,
+            peak_bytes=self._peak_bytes(plan, prepared),
+        )
+
+    # ------------------------------------------------------------------------------------------------- one step's time
+
+    def _product_seconds(self, rows: int, inner: int, columns: int, batches: int = 1, speeds: Speeds | None = None) -> float:
+        """Seconds of the arithmetic of (batched) products (rows, inner) times (inner, columns)."""
+        speeds = speeds or self.speeds
+        flops = 2.0 * rows * inner * columns
+        scale = batches * flops * speeds.threads / self.threads
+        if flops >= speeds.quick_from:
+            shape = (1 + speeds.quick_rows / rows) * (1 + speeds.quick_columns / columns) * (1 + speeds.quick_inner / inner)
+            return scale * shape / speeds.quick_flops + batches * speeds.quick_step
+        if not flops:
+            return 0.0
+        few = speeds.matmul_rows if batches == 1 else speeds.batched_rows
+        shape = (1 + few / rows) * (1 + speeds.matmul_columns / columns) * (1 + speeds.matmul_inner / inner)
+        return scale * shape / speeds.matmul_flops
+
+    def _traffic_seconds(self, elements: float, written: float = 0.0, element: int | None = None) -> float:
+        """Seconds to move elements: from caches while they fit, from memory beyond; the system hands out large new memory slowly."""
+        size = elements * (element or self._element)
+        speeds = self.speeds
+        seconds = min(size, speeds.cache) / speeds.cache_bytes + max(0.0, size - speeds.cache) / speeds.bytes
+        new = written * (element or self._element)
+        return seconds + (new / speeds.new_bytes if new > speeds.new_from else 0.0)
+
+    def _product(
+        self, name: str, rows: int, inner: int, columns: int, batches: int = 1, *, operations: int = 1, is_score: bool = False
+    ) -> Step:
+        """A (batched) product: 2 FLOPs a multiply-add, each operand and the result moved once; in training two more in the backward."""
+        speeds, element = (self._score_speeds, self._score_element) if is_score else (self.speeds, self._element)
+        left_size, right_size = batches * rows * inner, batches * inner * columns
+        result = batches * rows * columns
+        elements = left_size + right_size + result
+        seconds = self._product_seconds(rows, inner, columns, batches, speeds) + self._traffic_seconds(elements, result, element)
+        if element > self._element:  # written out in float32 first
+            seconds += self._traffic_seconds(1.5 * (left_size + right_size), 0.0, element) + 2 * self.speeds.step_seconds
+        seconds += operations * self.speeds.step_seconds
+        if self.sizes.trains:
+            seconds += self._product_seconds(rows, columns, inner, batches, speeds)
+            seconds += self._product_seconds(columns, rows, inner, batches, speeds)
+            seconds += (
+                self._traffic_seconds(2 * elements, left_size + right_size, element) + 4 * operations * self.speeds.step_seconds
+            )
+        return Step(name, 2 * batches * rows * inner * columns, elements, seconds)
+
+    def _move(self, name: str, elements: int, flops: int = 0, *, operations: int = 1) -> Step:
+        """A pass over memory."""
+        seconds = self._traffic_seconds(elements, elements / 2) + operations * self.speeds.step_seconds
+        return Step(name, flops, elements, seconds * (2 if self.sizes.trains else 1))
+
+    def _softmax_seconds(self, weights: float, columns: int, *, is_block: bool) -> float:
+        speeds = self.speeds
+        if is_block or columns <= blocks.NARROW_ROW:
+            return (
+                weights / speeds.softmax * (1 + (speeds.softmax_columns / max(1, columns) if columns > blocks.NARROW_ROW else 0.3))
+            )
+        return weights / speeds.softmax * (1 + speeds.softmax_columns / columns)
+
+    # --------------------------------------------------------------------------------------------------- what is made of B
+
+    @cached_property
+    def _keys(self) -> dict[str, list[Step]]:
+        s, rows = self.sizes, self.z * self.m
+        made = self._product("B Wk", rows, s.context_dim, s.kv_heads * s.head_dim)
+        absorbed = self._product("(B Wk) Wq^T", rows, s.head_dim, s.query_dim, s.heads)
+        spread = [self._move("keys by item", 2 * rows * s.heads * s.query_dim)] if self.z > 1 else []
+        return {"head": [made], "context": [], "query": [made, absorbed, *spread]}
+
+    @cached_property
+    def _values(self) -> dict[str, list[Step]]:
+        s, rows = self.sizes, self.z * self.m
+        made = self._product("B Wv", rows, s.context_dim, s.kv_heads * s.value_head_dim)
+        absorbed = self._product("(B Wv) Wo", rows, s.value_head_dim, s.out_dim, s.heads)
+        spread = [self._move("values by item", 2 * rows * s.heads * s.out_dim)] if self.z > 1 else []
+        return {"head": [made], "context": [], "output": [made, absorbed, *spread]}
+
+    def _padding(self, plan: Plan) -> list[Step]:
+        key_width, value_width = meeting_widths(plan, self.sizes)
+        if plan.kernel != "fused" or key_width == value_width:
+            return []
+        key_groups, value_groups = meeting_groups(plan, self.sizes)
+        groups = key_groups if key_width < value_width else value_groups
+        return [self._move("pad to one width", self.z * groups * self.m * (key_width + value_width))]
+
+    # --------------------------------------------------------------------------------------------------- what is made of A
+
+    @cached_property
+    def _queries(self) -> dict[str, list[Step]]:
+        s, rows = self.sizes, self.query_items * self.n
+        made = self._product("A Wq", rows, s.query_dim, s.heads * s.head_dim)
+        share = s.heads // s.kv_heads
+        absorbed = self._product("(A Wq) Wk^T", share * rows, s.head_dim, s.context_dim, s.kv_heads, operations=2)
+        return {"head": [made], "context": [made, absorbed], "query": []}
+
+    @cached_property
+    def _finish(self) -> dict[str, list[Step]]:
+        s, rows = self.sizes, self.z * self.n
+        share = s.heads // s.kv_heads
+        out = self._product("out_proj", rows, s.heads * s.value_head_dim, s.out_dim)
+        absorbed = self._product("(P B) Wv", share * rows, s.context_dim, s.value_head_dim, s.kv_heads, operations=3)
+        return {"head": [out], "context": [absorbed, out], "output": []}
+
+    # ---------------------------------------------------------------------------------------------------- where they meet
+
+    def _kernel(self, plan: Plan) -> list[Step]:
+        if self.z * self.n * self.m == 0:
+            return []
+        if plan.kernel == "fused":
+            return self._fused(plan)
+        return self._explicit(plan) if plan.kernel == "explicit" else self._blocked(plan)
+
+    def _fused(self, plan: Plan) -> list[Step]:
+        """torch's kernel: parallel over batch, groups and blocks of queries; a block is half empty where there are few queries."""
+        s, speeds, z, n, m = self.sizes, self.speeds, self.z, self.n, self.m
+        key_width, value_width = meeting_widths(plan, s)
+        key_groups, value_groups = meeting_groups(plan, s)
+        width, groups = max(key_width, value_width), max(key_groups, value_groups)
+        rows = s.heads // groups * n
+        block = 256 if rows >= 768 else 64 if rows >= 192 else 32
+        tasks = z * groups * ceil(rows / block)
+        waves = ceil(tasks / self.threads)
+        block = min(block, rows)
+        one = speeds.threads / speeds.fused_flops
+        arithmetic = 4.0 * block * m * width * one * (1 + speeds.fused_rows / block) * (1 + speeds.fused_width / width)
+        exponentials = block * m * speeds.threads / speeds.fused_exponentials + ceil(m / 512) * speeds.fused_block
+        weights = z * s.heads * n * m
+        elements = z * (2 * s.heads * n + m * (key_groups + value_groups)) * width
+        seconds = waves * (arithmetic + exponentials) + self._traffic_seconds(elements, z * s.heads * n * width)
+        if s.trains:
+            backward_tasks = ceil(z * groups / self.threads)
+            backward = 2.5 * rows / block * backward_tasks * (arithmetic * speeds.fused_backward + exponentials)
+            seconds += backward + 2 * self._traffic_seconds(elements)
+        steps = [Step("fused attention", 4 * weights * width, elements, seconds + 4 * speeds.step_seconds)]
+        if share_copies(plan, s):
+            steps.append(self._move("repeat for every head", 2 * z * s.heads * m * width))
+        if plan.values == "output":
+            steps.append(self._move("sum over heads", z * (s.heads + 1) * n * s.out_dim, z * s.heads * n * s.out_dim))
+        return steps
+
+    def _explicit(self, plan: Plan) -> list[Step]:
+        """All weights at once: two batched products and a softmax between them."""
+        s, z, n, m, h = self.sizes, self.z, self.n, self.m, self.sizes.heads
+        key_width, value_width = meeting_widths(plan, s)
+        key_groups, value_groups = meeting_groups(plan, s)
+        weights = z * h * n * m
+        if plan.scores == "query":
+            scores = self._product("scores", n, key_width, h * m, z, operations=3, is_score=True)
+        else:
+            scores = self._product("scores", h // key_groups * n, key_width, m, z * key_groups, operations=3, is_score=True)
+        softmax = self._softmax_seconds(weights, m, is_block=False) + self._traffic_seconds(
+            2 * weights, weights, self._score_element
+        )
+        softmax += self.speeds.step_seconds
+        steps = [scores, Step("softmax", 4 * weights, 2 * weights, softmax * (2.5 if s.trains else 1.0))]
+        is_narrow = m <= blocks.NARROW_ROW
+        if plan.values == "output":
+            if plan.scores == "context" or (plan.scores == "head" and not is_narrow):
+                steps.append(self._move("weights by query", 2 * weights))
+            steps.append(self._product("P times values", n, h * m, value_width, z, operations=2))
+            return steps
+        if plan.scores == "query" and not is_narrow:
+            steps.append(self._move("weights by head", 2 * weights))
+        steps.append(self._product("P times values", h // value_groups * n, m, value_width, z * value_groups, operations=2))
+        if plan.values == "head":
+            steps.append(self._move("heads together", 2 * z * n * h * value_width))
+        return steps
+
+    def _blocked(self, plan: Plan) -> list[Step]:
+        """Blocks of scores in the cache: each costs two products, a softmax, and the calls that Python makes for it."""
+        s, speeds, z, n, m, h = self.sizes, self.speeds, self.z, self.n, self.m, self.sizes.heads
+        key_width, value_width = meeting_widths(plan, s)
+        key_groups, value_groups = meeting_groups(plan, s)
+        shares = plan.scores == "query" and h > 1
+        together = h if shares else h // key_groups
+        in_parts = m > blocks.LONGEST_ROW and not shares and plan.values != "output"
+        if in_parts:
+            heads, length = max(1, min(together, blocks.PART_ROWS // n)), min(n, blocks.PART_ROWS)
+            columns, parts = blocks.PART, m / blocks.PART
+        else:
+            heads, length = blocks.block_shape(together, n, m, shares_queries=shares)
+            columns, parts = m, 1.0
+        count = z * (h // together) * ceil(together / heads) * ceil(n / length) * parts
+        value_products = max(1, ceil(heads * value_groups / h)) if plan.values != "output" else 1
+        rows = heads * length
+        size = heads * length * columns
+        if shares:
+            product = self._product_seconds(length, key_width, heads * columns, speeds=self._score_speeds)
+        else:
+            product = self._product_seconds(rows, key_width, columns, speeds=self._score_speeds)
+        if plan.values == "output":
+            read = self._product_seconds(length, heads * columns, value_width)
+        else:
+            read = value_products * self._product_seconds(rows // value_products, columns, value_width)
+        softmax = self._softmax_seconds(size, columns, is_block=True) * (speeds.online_softmax if in_parts else 1.0)
+        elements = z * (2 * h * n * max(key_width, value_width) + m * (key_groups * key_width + value_groups * value_width))
+        passes = 1 if in_parts else ceil(n / length)
+        traffic = self._traffic_seconds(elements * (1 if passes == 1 else 1.5), z * h * n * value_width)
+        written_out = 0 if self._score_element == self._element else z * m * key_groups * key_width
+        block_traffic = count * 3 * size * self._score_element / speeds.cache_bytes + self._traffic_seconds(
+            1.5 * written_out, 0.0, 4
+        )
+        per_block = speeds.block_seconds + (value_products - 1) * speeds.block_seconds / 3
+        seconds = count * (product + softmax + read + per_block) + traffic + block_traffic + z * speeds.block_seconds
+        if s.trains:
+            seconds += count * (2.2 * product + 2 * read + 2 * softmax + 3 * per_block) + 2.5 * traffic + 2 * block_traffic
+        weights = z * h * n * m
+        return [
+            Step("attention in blocks", 2 * weights * (key_width + value_width + 2), elements, seconds + 6 * speeds.step_seconds)
+        ]
+
+    def _peak_bytes(self, plan: Plan, prepared: int) -> int:
+        """What B becomes, what A becomes, and what the kernel holds at once."""
+        s, z, n, m, h = self.sizes, self.z, self.n, self.m, self.sizes.heads
+        key_width, value_width = meeting_widths(plan, s)
+        if plan.kernel == "fused":
+            key_width = value_width = max(key_width, value_width)
+        made = prepared if not plan.scores == plan.values == "context" else 0
+        queries = 0 if plan.scores == "query" else z * n * h * key_width
+        read = z * n * (s.out_dim if plan.values == "output" and plan.kernel != "fused" else h * value_width)
+        weights = {"fused": 0, "explicit": 2 * z * h * n * m, "blocked": 2 * min(z * h * n * m, blocks.BLOCK_SCORES)}[plan.kernel]
+        return made + (queries + read) * self._element + weights * self._score_element
+
+
+def share_copies(plan: Plan, sizes: Sizes) -> bool:
+    """Whether the fused kernel needs keys or values repeated, because the two chains meet in unlike numbers of heads above one."""
+    key_groups, value_groups = meeting_groups(plan, sizes)
+    return key_groups != value_groups and min(key_groups, value_groups) > 1
+
+
+def cost_of(plan: Plan, sizes: Sizes, speeds: Speeds | None = None) -> Cost:
     """Cost of a plan on a piece of work, by its FLOPs and bytes.
 
     Args:
         plan: the plan.
         sizes: the work.
+        speeds: constants of the device; default those in use for it.
 
     Returns:
         FLOPs, bytes and estimated seconds of one `prepare` and one `attend`.
@@ -197,21 +367,4 @@ def cost_of(plan: Plan, sizes: Sizes) -> Cost:
         >>> absorbed.flops < textbook.flops / 10
         True
     """
-    speeds, element = speeds_of(sizes.device, sizes.dtype), sizes.element_bytes
-    prepare, attend = list(prepare_steps(plan, sizes)), list(attend_steps(plan, sizes))
-    key_width, value_width = meeting_widths(plan, sizes)
-    key_groups, value_groups = meeting_groups(plan, sizes)
-    if plan.kernel == "fused":
-        key_width = value_width = max(key_width, value_width)
-    held = key_groups * key_width
-    if not plan.scores == plan.values == "context":
-        held += value_groups * value_width
-    return Cost(
-        prepare_flops=sum(step.flops for step in prepare),
-        attend_flops=sum(step.flops for step in attend),
-        prepare_seconds=sum(step.seconds(speeds, element) for step in prepare),
-        attend_seconds=sum(step.seconds(speeds, element) for step in attend),
-        prepared_bytes=sizes.batch * sizes.context_length * held * element,
-        moved_bytes=sum(step.elements for step in (*prepare, *attend)) * element,
-        uses=sizes.uses,
-    )
+    return CostModel(sizes, speeds).cost(plan)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 ScoreSpace = Literal["head", "context", "query"]
 ValueSpace = Literal["head", "context", "output"]
-Kernel = Literal["fused", "explicit"]
+Kernel = Literal["fused", "explicit", "blocked"]
 
 SCORE_SPACES: tuple[ScoreSpace, ...] = get_args(ScoreSpace)
 VALUE_SPACES: tuple[ValueSpace, ...] = get_args(ValueSpace)
@@ -35,8 +35,9 @@ class Plan:
     Args:
         scores: meeting space of the scores.
         values: meeting space of the values.
-        kernel: "fused" never holds the (n, m) weights in memory (`scaled_dot_product_attention`); "explicit" holds them, which is
-            faster where the context is short. Attention dropout and learned masks always run explicitly: no kernel fuses them.
+        kernel: "fused" is `scaled_dot_product_attention`, which never holds the (n, m) weights; "explicit" holds them all, which is
+            faster where they are few; "blocked" holds one block of them in the cache and takes its products from the quicker library
+            of the machine. Attention dropout and learned masks always run explicitly: no kernel fuses them.
 
     Raises:
         PlanError: a space or kernel that does not exist.

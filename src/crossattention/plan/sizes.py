@@ -27,6 +27,8 @@ class Sizes:
         dtype: name of the dtype that the work runs in.
         device: type of the device, as torch names it.
         shares_queries: whether one sequence of learned queries serves the whole batch.
+        trains: whether a backward pass follows.
+        threads: threads of a CPU that share the work.
 
     Raises:
         ValueError: a negative size, no heads, or `kv_heads` that does not divide `heads`.
@@ -47,6 +49,8 @@ class Sizes:
     dtype: str = "float32"
     device: str = "cpu"
     shares_queries: bool = False
+    trains: bool = False
+    threads: int = 2
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,0 +1,166 @@
+"""Matrix products by the machine's quickest exact library: what projections and the blocked kernel are made of.
+
+On x86 processors torch multiplies float32 matrices with MKL. On those of AMD, MKL reaches about half of what oneDNN does, which torch
+also ships but calls for half precision only (dev/LOG.md, 2026-11-23). Large float32 products therefore go to oneDNN where the
+active `Speeds` say that it is worth its launch; everything else, and everything that a transform looks into, is `F.linear`.
+
+Legend: rows, inner, columns: (rows, inner) times (columns, inner) transposed gives (rows, columns).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from crossattention.plan.speeds import speeds_of
+
+_LIBRARY = torch.library.Library("crossattention", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+
+
+def project(projection: nn.Module, x: Tensor) -> Tensor:
+    """A projection of x (..., inner): `linear` if it is a plain `nn.Linear`, else whatever the module does."""
+    if is_plain_linear(projection):
+        return linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+    projected: Tensor = projection(x)
+    return projected
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., inner) times weight (columns, inner) transposed, plus bias: `F.linear`, by the quicker library."""
+    if not _is_quick(x, weight):
+        return F.linear(x, weight, bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out: Tensor = torch.ops.crossattention.linear.default(flat, weight, bias)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def batched(x: Tensor, weights: Tensor) -> Tensor:
+    """Products x (p, rows, inner) times weights (p, columns, inner) transposed: (p, rows, columns).
+
+    Few large ones are taken one by one, by the quicker library; many small ones in one call.
+    """
+    if x.shape[0] == 1:
+        return linear(x[0], weights[0]).unsqueeze(0)
+    if not torch.compiler.is_compiling() and _is_quick(x[0], weights[0]):
+        return torch.stack([linear(one, weight) for one, weight in zip(x.unbind(), weights.unbind(), strict=True)])
+    return torch.bmm(x, weights.transpose(1, 2))
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _is_large(x.shape[0], *weight.shape):
+        return _onednn(x, weight, None)
+    return x @ weight.t()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module does nothing but multiply by its weight and add its bias: no subclass, no hooks, no forward of its own."""
+    return type(module) is nn.Linear and not (
+        "forward" in module.__dict__
+        or "weight" not in module._parameters  # pruned: made anew by a hook
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+    )
+
+
+def _is_large(rows: int, columns: int, inner: int) -> bool:
+    flops = 2.0 * rows * columns * inner
+    return _has_onednn and 0.0 < flops >= speeds_of("cpu", "float32").quick_from
+
+
+def _is_quick(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product goes to oneDNN: large, float32, on a CPU, and not looked into by anything that knows only torch's own."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():
+        return _is_quick_in_graphs(weight)
+    return (
+        _is_large(x.numel() // max(1, x.shape[-1]), *weight.shape)
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _is_quick_in_graphs(weight: Tensor) -> bool:
+    """In compiled code the operator decides by its real sizes; an exported program must run without this library."""
+    return (
+        not torch.compiler.is_exporting()
+        and _has_onednn
+        and speeds_of("cpu", "float32").quick_from < float("inf")
+        and not torch.is_autocast_enabled("cpu")
+        and weight.shape[0] * weight.shape[1] >= 4096
+    )
+
+
+def is_transformed() -> bool:
+    """Whether vmap, functorch's derivatives or forward-mode derivatives look into what is computed: they know torch's own operators."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(_with_plain_rows(x), _dense(weight), bias, "none", [], "")
+    return out
+
+
+def _with_plain_rows(matrix: Tensor) -> Tensor:
+    """A matrix whose rows or columns lie whole in memory; an expanded one is written out, as oneDNN would crawl through it."""
+    across, down = matrix.stride()
+    if (down == 1 and across >= matrix.shape[1]) or (across == 1 and down >= matrix.shape[0]):
+        return matrix
+    return matrix.contiguous()
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """A second operand without gaps: through one with gaps between its rows oneDNN was measured to crawl, at 1/150 of its speed."""
+    across, down = weight.stride()
+    if (down == 1 and across == weight.shape[1]) or (across == 1 and down == weight.shape[0]):
+        return weight
+    return weight.contiguous()
+
+
+# --------------------------------------------------------------------------------------------- the operator with its gradient
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype == torch.float32 and _is_large(x.shape[0], *weight.shape):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        torch.ops.crossattention.linear(grad, weight.t(), None) if for_x else None,
+        torch.ops.crossattention.linear(grad.t(), x.t(), None) if for_weight else None,
+        grad.sum(0) if for_bias else None,
+    )
+
+
+_LIBRARY.impl("linear", _linear, "CPU")
+_LIBRARY.impl("linear", _linear, "CUDA")
+torch.library.register_fake("crossattention::linear", _linear_shape, lib=_LIBRARY)
+torch.library.register_autograd("crossattention::linear", _linear_backward, setup_context=_save, lib=_LIBRARY)
