@@ -27,7 +27,8 @@ from torch import Tensor
 from crossattention import CrossAttention, Plan
 from crossattention.plan import CANDIDATES, TEXTBOOK, Choice
 
-HOPELESS = 6.0
+OUT_OF_REACH = 1.5
+HOPELESS = 2.0
 """A forced plan that takes this many times the textbook's time is timed once, and marked."""
 
 SURE_SECONDS = 0.5
@@ -78,10 +79,13 @@ def forced_calls(
     for plan in CANDIDATES:
         candidate = choice.candidate(plan)
         held = candidate.cost.prepared_bytes / 1e9
+        times = candidate.cost.seconds / choice.candidate(TEXTBOOK).cost.seconds
         if not candidate.is_legal:
             left_out[str(plan)] = "; ".join(candidate.reasons)
         elif free is not None and held * (8 if options.train else 4) > free:
             left_out[str(plan)] = f"what it makes of the context takes {held:.1f} GB, too much of {free:.1f} GB"
+        elif times > OUT_OF_REACH:
+            left_out[str(plan)] = f"it is estimated at over {OUT_OF_REACH} times the textbook's plan"
         else:
             calls[str(plan)] = our_call(pinned(layer, row, plan), row, inputs)
     return calls, left_out
@@ -169,7 +173,7 @@ def measure(row: Row, options: Options) -> dict[str, object]:
     layer = make_layer(row, options.dtype, options.device).train(options.train)
     inputs = make_inputs(row, options.dtype, options.device, options.train)
     with torch.set_grad_enabled(options.train):
-        choice = layer.plan_for(row.query_shape, row.context_shape, uses=row.steps)
+        choice = layer.plan_for(row.query_shape, row.context_shape, uses=row.steps, trains=options.train)
         peers, left_out = peer_calls(layer, row, inputs, options.device)
         plans, plans_left_out = forced_calls(layer, row, inputs, choice, options)
         calls = peers | {AUTO: our_call(layer, row, inputs)} | plans

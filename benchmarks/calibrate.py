@@ -2,8 +2,8 @@
 
     python benchmarks/calibrate.py --out speeds.json [--minutes 6] [--dtype float32 bfloat16] [--train]
 
-Every plan is timed on random shapes; then the constants of the cost model are fitted to those times, one after the other, until none
-can be bettered. Use the file in a process with `crossattention.plan.use_speeds("speeds.json")`, for one question with
+Every plan is timed on random shapes; then the constants of the cost model are fitted to those times, one after the other, until
+none can be bettered. Use the file in a process with `crossattention.plan.use_speeds("speeds.json")`, for one question with
 `crossattention plan --speeds speeds.json`, or always by naming it in ~/.config/crossattention/config.toml:
 
     speeds = "speeds.json"

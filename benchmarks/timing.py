@@ -7,6 +7,7 @@ alike. On a CUDA device times are taken between events on its stream, and the me
 import ctypes
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -74,15 +75,16 @@ def interleaved(
     """
     if warmup < 1:
         raise ValueError(f"warmup must be at least 1, got {warmup}")
-    names = list(calls)
+    names, rng = list(calls), random.Random(0)
     times = dict.fromkeys(names, 1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + budget
     for round_ in count():
         if not names or (round_ >= warmup + rounds and time.perf_counter() > end):
             break
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+        # In a fixed or rotated order each call would always follow the same one, and meet what it left in the caches.
+        rng.shuffle(names)
+        for name in names:
             taken = seconds_of(calls[name], times=times[name], device=device)
             if round_ < warmup:
                 times[name] = max(1, math.ceil(SHORTEST_SECONDS / max(taken, 1e-9)))

@@ -1,11 +1,12 @@
 """The blocked kernel: attention in blocks of scores that stay in the cache, each product by the quickest library.
 
-One block is some query rows against some or all of the context: their scores, their softmax, their share of the result. What is held
-besides input and output is one block, so memory does not grow with n x m, forward or backward: the backward pass makes the weights
-again, block by block. Where a whole row of scores fits, a block is whole rows and torch's own softmax; where the context is longer, it
-is read in parts, once, and partial results are joined by their log-sum-exp (Rabe & Staats 2021, arXiv:2112.05682).
+One block is some query rows against some or all of the context: their scores, their softmax, their share of the result. What is
+held besides input and output is one block, so memory does not grow with n x m, forward or backward: the backward pass makes the
+weights again, block by block. Where a whole row of scores fits, a block is whole rows and torch's own softmax; where the context is
+longer, it is read in parts, once, and partial results are joined by their log-sum-exp (Rabe & Staats 2021, arXiv:2112.05682).
 
-Legend: z batch, h heads, n queries, m context length, c / w widths in which scores and values meet, rows = heads x queries of a block.
+Legend: z batch, h heads, n queries, m context length, c / w widths in which scores and values meet, rows = heads x queries of a
+block.
 """
 
 from __future__ import annotations
@@ -357,7 +358,7 @@ class _Gradients:
         parts = (t if t.numel() == 0 else _item(t, item) for t in (self.queries, self.keys, self.values))
         return _Gradients(*parts, self.wanted, self.are_same)
 
-    def add_block(self, work: _Work, heads: slice, queries: slice, part: slice, block: "_Block") -> None:
+    def add_block(self, work: _Work, heads: slice, queries: slice, part: slice, block: _Block) -> None:
         """Add what one block of rows and context positions brings."""
         for_queries, for_keys, for_values = self.wanted
         if for_queries:
@@ -386,7 +387,7 @@ class _Block:
         self.score_grads = rows  # set once they are known
 
     def weight_grads(self, work: _Work, heads: slice, part: slice) -> Tensor:
-        """(heads, queries, m)"""
+        """Gradients of the weights (heads, queries, m)."""
         found = torch.empty_like(self.weights)
         for inside, group in work.value_groups(heads):
             grads = self.out_grads[inside]

@@ -224,7 +224,7 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
     """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
     dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
     queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
-    if keys.numel() < queries.numel() and not torch.compiler.is_compiling():  # scale the fewer numbers
+    if not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers
         scores = _explicit_scores(queries, keys * scale)
     else:
         scores = _explicit_scores(queries * scale, keys)
@@ -250,7 +250,7 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """(z, h, n, m). Where the context is short, as (z, h, m, n) in memory: a softmax across rows is quicker than along short ones."""
+    """(z, h, n, m). Where the context is short, as (z, h, m, n) in memory: softmax across rows beats that along short ones."""
     z, groups, m, width = keys.shape
     heads, n = queries.shape[1], queries.shape[2]
     queries = queries.expand(z, heads, n, queries.shape[3])
@@ -421,6 +421,14 @@ def execute(
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
     return finish(layer, plan.values, read[..., :width], row_sums, _to_autocast_dtype(values)[0].dtype)
+
+
+def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
+    z, n, _ = a.shape
+    queries = project(layer.q_proj, a).view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
+    read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale)
+    return project(layer.out_proj, read.transpose(1, 2).reshape(z, n, -1))
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

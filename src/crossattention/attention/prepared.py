@@ -41,13 +41,13 @@ def _watch(tensor: Tensor) -> None:
         weakref.finalize(tensor, _optimizer_steps.pop, id(tensor), None)
 
 
-def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor is replaced, moved, or written to by an optimizer, by loading, or in place."""
+    key = id(tensor)
     try:
-        version, address = tensor._version, tensor.data_ptr()
+        return key, tensor._version, tensor.data_ptr(), tensor.dtype, _optimizer_steps.get(key)
     except RuntimeError:  # inference tensors have no version, wrappers have no address
-        version, address = -1, -1
-    return id(tensor), version, address, tensor.dtype, tensor.device, _optimizer_steps.get(id(tensor))
+        return key, -1, -1, tensor.dtype, _optimizer_steps.get(key)
 
 
 KEPT_CONTEXT = "context"
@@ -74,11 +74,16 @@ class Stamp:
         named = tuple(tensors)
         for _, tensor in named:
             _watch(tensor)
-        return cls(owner, tuple(name for name, _ in named), tuple(_fingerprint(tensor) for _, tensor in named))
+        return cls(owner, tuple(name for name, _ in named), tuple(fingerprint(tensor) for _, tensor in named))
 
     def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of the tensors that are not what they were."""
-        now = {name: _fingerprint(tensor) for name, tensor in tensors}
+        named = list(tensors)
+        if len(named) == len(self.prints) and all(
+            fingerprint(tensor) == then for (_, tensor), then in zip(named, self.prints, strict=True)
+        ):
+            return []
+        now = {name: fingerprint(tensor) for name, tensor in named}
         return [name for name, then in zip(self.names, self.prints, strict=True) if now.get(name) != then]
 
     def without(self, name: str) -> Stamp:

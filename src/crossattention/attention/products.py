@@ -1,7 +1,7 @@
 """Matrix products by the machine's quickest exact library: what projections and the blocked kernel are made of.
 
-On x86 processors torch multiplies float32 matrices with MKL. On those of AMD, MKL reaches about half of what oneDNN does, which torch
-also ships but calls for half precision only (dev/LOG.md, 2026-11-23). Large float32 products therefore go to oneDNN where the
+On x86 processors torch multiplies float32 matrices with MKL. On those of AMD, MKL reaches about half of what oneDNN does, which
+torch also ships but calls for half precision only (dev/LOG.md, 2026-11-23). Large float32 products therefore go to oneDNN where the
 active `Speeds` say that it is worth its launch; everything else, and everything that a transform looks into, is `F.linear`.
 
 Legend: rows, inner, columns: (rows, inner) times (columns, inner) transposed gives (rows, columns).
@@ -32,7 +32,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., inner) times weight (columns, inner) transposed, plus bias: `F.linear`, by the quicker library."""
+    """X (..., inner) times weight (columns, inner) transposed, plus bias: `F.linear`, by the quicker library."""
     if not _is_quick(x, weight):
         return F.linear(x, weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -53,7 +53,7 @@ def batched(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs."""
+    """X (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and _is_large(x.shape[0], *weight.shape):
         return _onednn(x, weight, None)
     return x @ weight.t()
@@ -79,12 +79,14 @@ def _is_large(rows: int, columns: int, inner: int) -> bool:
 
 def _is_quick(x: Tensor, weight: Tensor) -> bool:
     """Whether a product goes to oneDNN: large, float32, on a CPU, and not looked into by anything that knows only torch's own."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
-        return False
     if torch.compiler.is_compiling():
-        return _is_quick_in_graphs(weight)
+        return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _is_quick_in_graphs(weight)
+    if 2.0 * x.numel() * weight.shape[0] < speeds_of("cpu", "float32").quick_from:  # first, as a decode step asks it twice
+        return False
     return (
-        _is_large(x.numel() // max(1, x.shape[-1]), *weight.shape)
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and _is_large(x.numel() // max(1, x.shape[-1]), *weight.shape)
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
@@ -101,14 +103,20 @@ def _is_quick_in_graphs(weight: Tensor) -> bool:
     return (
         not torch.compiler.is_exporting()
         and _has_onednn
-        and speeds_of("cpu", "float32").quick_from < float("inf")
+        and _quick_from() < float("inf")
         and not torch.is_autocast_enabled("cpu")
         and weight.shape[0] * weight.shape[1] >= 4096
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _quick_from() -> float:
+    """FLOPs from which the quick library is called; a constant in graphs, which cannot read the configuration's file."""
+    return speeds_of("cpu", "float32").quick_from
+
+
 def is_transformed() -> bool:
-    """Whether vmap, functorch's derivatives or forward-mode derivatives look into what is computed: they know torch's own operators."""
+    """Whether vmap, functorch's or forward-mode derivatives look into what is computed: they know torch's own operators."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 

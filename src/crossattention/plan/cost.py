@@ -1,7 +1,7 @@
 """What a plan costs: floating-point operations and bytes of each step, and seconds from what the device does well.
 
-A step takes its arithmetic, its traffic to cache and memory, its exponentials and its launches; `Speeds` holds the device's constants,
-`docs/planning.md` derives the formulas. The model has to rank plans, not to predict clocks.
+A step takes its arithmetic, its traffic to cache and memory, its exponentials and its launches; `Speeds` holds the device's
+constants, `docs/planning.md` derives the formulas. The model has to rank plans, not to predict clocks.
 
 Legend: z batch, n queries (all repeats of one context together), m context length, a/b/o widths of A, B, output, h heads,
 g key-value heads, k/v head widths, c/w widths in which scores and values meet.
@@ -139,7 +139,7 @@ class CostModel:
         return scale * shape / speeds.matmul_flops
 
     def _traffic_seconds(self, elements: float, written: float = 0.0, element: int | None = None) -> float:
-        """Seconds to move elements: from caches while they fit, from memory beyond; the system hands out large new memory slowly."""
+        """Seconds to move elements: from caches while they fit, from memory beyond; large new memory is handed out slowly."""
         size = elements * (element or self._element)
         speeds = self.speeds
         seconds = min(size, speeds.cache) / speeds.cache_bytes + max(0.0, size - speeds.cache) / speeds.bytes
@@ -149,7 +149,7 @@ class CostModel:
     def _product(
         self, name: str, rows: int, inner: int, columns: int, batches: int = 1, *, operations: int = 1, is_score: bool = False
     ) -> Step:
-        """A (batched) product: 2 FLOPs a multiply-add, each operand and the result moved once; in training two more in the backward."""
+        """A (batched) product: 2 FLOPs a multiply-add, operands and result moved once; in training two more for the backward."""
         speeds, element = (self._score_speeds, self._score_element) if is_score else (self.speeds, self._element)
         left_size, right_size = batches * rows * inner, batches * inner * columns
         result = batches * rows * columns
@@ -233,7 +233,7 @@ class CostModel:
         return self._explicit(plan) if plan.kernel == "explicit" else self._blocked(plan)
 
     def _fused(self, plan: Plan) -> list[Step]:
-        """torch's kernel: parallel over batch, groups and blocks of queries; a block is half empty where there are few queries."""
+        """Torch's kernel: parallel over batch, groups and blocks of queries; a block is half empty where there are few queries."""
         s, speeds, z, n, m = self.sizes, self.speeds, self.z, self.n, self.m
         key_width, value_width = meeting_widths(plan, s)
         key_groups, value_groups = meeting_groups(plan, s)

@@ -35,9 +35,9 @@ class Plan:
     Args:
         scores: meeting space of the scores.
         values: meeting space of the values.
-        kernel: "fused" is `scaled_dot_product_attention`, which never holds the (n, m) weights; "explicit" holds them all, which is
-            faster where they are few; "blocked" holds one block of them in the cache and takes its products from the quicker library
-            of the machine. Attention dropout and learned masks always run explicitly: no kernel fuses them.
+        kernel: "fused" is `scaled_dot_product_attention`, which never holds the (n, m) weights; "explicit" holds them all,
+            which is faster where they are few; "blocked" holds one block of them in the cache and takes its products from the
+            quicker library of the machine. Attention dropout and learned masks always run explicitly: no kernel fuses them.
 
     Raises:
         PlanError: a space or kernel that does not exist.

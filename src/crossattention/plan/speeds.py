@@ -1,7 +1,8 @@
 """What devices do well: the constants behind the cost model, measured where they could be, and which of them are in use.
 
-`speeds_of` says which constants a device and dtype are planned with: those that were passed to `use_speeds`, else those of a file that
-the configuration names, else the built-in ones for this kind of processor. `python benchmarks/calibrate.py` measures a machine's own.
+`speeds_of` says which constants a device and dtype are planned with: those that were passed to `use_speeds`, else those of a file
+that the configuration names, else the built-in ones for this kind of processor. `python benchmarks/calibrate.py` measures a
+machine's own.
 """
 
 from __future__ import annotations
@@ -233,8 +234,8 @@ def built_in(device: str, dtype: str) -> Speeds:
     return replace(_AVX512, is_measured=False, quick_from=math.inf)
 
 
-# The same machine held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): products, the fused kernel and softmax
-# measured, the rest as above.
+# The same machine held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): products, the fused kernel and
+# softmax measured, the rest as above.
 _AVX2 = replace(_AVX512, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9, fused_flops=1.9e11)
 _AVX2_BF16 = replace(_AVX512_BF16, matmul_flops=4.7e10, fused_flops=4e10, softmax=2.6e9)
 
