@@ -27,7 +27,7 @@ SHARING = [
 ]
 # scores of a block, longest row, positions and rows of a part, length of a narrow row: as they are, and so small that all is cut
 CUTS = [(1 << 20, 8192, 2048, 512, 16), (40, 8192, 2048, 512, 16), (40, 10, 4, 3, 0), (7, 5, 2, 5, 4)]
-LENGTHS = [(1, 1), (5, 7), (3, 13), (1, 9), (11, 2)]
+LENGTHS = [(1, 9), (5, 7), (11, 2)]
 
 
 def cut(monkeypatch, values):
@@ -64,7 +64,7 @@ def test_blocks_equal_explicit_weights_with_gradients(monkeypatch, cuts_, kind):
     cut(monkeypatch, cuts_)
     for n, m in LENGTHS:
         for groups, value_groups, query_heads, same, sums in SHARING:
-            for items in (3, 1):
+            for items in (3, 1) if n == 5 else (3,):
                 queries, keys, values = tensors(n, m, groups, value_groups, query_heads, same, items=items)
                 mask = masks(kind, n, m)
                 found = attend_blocks(queries, keys, values, mask.tensor, mask.live, 0.37, sums)

@@ -355,8 +355,8 @@ class _Gradients:
 
     def of_item(self, item: int) -> _Gradients:
         """Views of one item's gradients."""
-        parts = (t if t.numel() == 0 else _item(t, item) for t in (self.queries, self.keys, self.values))
-        return _Gradients(*parts, self.wanted, self.are_same)
+        queries, keys, values = (t if t.numel() == 0 else _item(t, item) for t in (self.queries, self.keys, self.values))
+        return _Gradients(queries, keys, values, self.wanted, self.are_same)
 
     def add_block(self, work: _Work, heads: slice, queries: slice, part: slice, block: _Block) -> None:
         """Add what one block of rows and context positions brings."""

@@ -368,7 +368,11 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
     """The layer's output (z, n, o), in a dtype, from what the heads read, (z, h or 1, n, w)."""
     if space == "output":
         bias = layer.out_proj.bias
-        return (read[:, 0] if bias is None else read[:, 0] + bias.to(read.dtype)).to(dtype)
+        summed = read[:, 0]
+        if bias is not None:
+            is_ours = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+            summed = summed.add_(bias.to(summed.dtype)) if is_ours else summed + bias.to(summed.dtype)
+        return summed.to(dtype)
     if space == "context":
         weight = _unrounded(layer.v_proj.weight).unflatten(0, (layer.kv_heads, layer.value_head_dim))
         read = _by_group(_unrounded(read), weight)

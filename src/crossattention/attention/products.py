@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from crossattention.plan.speeds import speeds_of
+from crossattention.plan.speeds import built_in, speeds_of
 
 _LIBRARY = torch.library.Library("crossattention", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# Of graphs, which cannot read a configuration while they are traced: whether this kind of processor gains at all.
+_may_be_quick = built_in("cpu", "float32").quick_from < float("inf")
 _has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 
 
@@ -91,7 +93,7 @@ def _is_quick(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -103,16 +105,10 @@ def _is_quick_in_graphs(weight: Tensor) -> bool:
     return (
         not torch.compiler.is_exporting()
         and _has_onednn
-        and _quick_from() < float("inf")
+        and _may_be_quick
         and not torch.is_autocast_enabled("cpu")
         and weight.shape[0] * weight.shape[1] >= 4096
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _quick_from() -> float:
-    """FLOPs from which the quick library is called; a constant in graphs, which cannot read the configuration's file."""
-    return speeds_of("cpu", "float32").quick_from
 
 
 def is_transformed() -> bool:

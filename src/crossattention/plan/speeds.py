@@ -216,7 +216,8 @@ def processor() -> tuple[str, frozenset[str]]:
     """Vendor and instruction sets of this machine's processor, as the system names them; empty where it does not say."""
     try:
         with open("/proc/cpuinfo") as lines:
-            told = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+            pairs = [line.split(":", 1) for line in lines if ":" in line]
+            told = {name.strip(): value.strip() for name, value in pairs}
     except OSError:
         told = {}
     vendor = told.get("vendor_id") or platform.processor()
