@@ -340,8 +340,13 @@ class CostModel:
         made = prepared if not plan.scores == plan.values == "context" else 0
         queries = 0 if plan.scores == "query" else z * n * h * key_width
         read = z * n * (s.out_dim if plan.values == "output" and plan.kernel != "fused" else h * value_width)
-        weights = {"fused": 0, "explicit": 2 * z * h * n * m, "blocked": 2 * min(z * h * n * m, blocks.BLOCK_SCORES)}[plan.kernel]
-        return made + (queries + read) * self._element + weights * self._score_element
+        if plan.kernel == "fused":
+            return made + (queries + read) * self._element
+        weights = z * h * n * m if plan.kernel == "explicit" else min(z * h * n * m, blocks.BLOCK_SCORES)
+        weight_bytes, read_bytes = weights * self._score_element, read * self._element
+        # Scores and their softmax are held together, then the softmax and what it reads.
+        at_once = max(2 * weight_bytes, weight_bytes + read_bytes) if plan.kernel == "explicit" else 2 * weight_bytes + read_bytes
+        return made + queries * self._element + at_once
 
 
 def share_copies(plan: Plan, sizes: Sizes) -> bool:
