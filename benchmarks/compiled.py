@@ -2,15 +2,16 @@
 
     python benchmarks/compiled.py [--only "1 x 1,500"] [--budget 5] [--json FILE]
 
-Each row of rows.py but those of beams, learned queries and decoding, which are not one call with plain inputs: the layer with
-the planner's plan fixed, eager against compiled (inductor, one graph), float32 forward without gradients. Both run in turn in one
-process; figures are medians, and compilation is not in them. "eager / compiled" is the eager time over the compiled one: above 1,
+Each row of rows.py: the layer with the planner's plan fixed, eager against compiled (inductor, one graph), float32 forward without
+gradients; of the decode row, all its steps on one context that was prepared before. Both run in turn in one process; figures are
+medians, and compilation is not in them. "eager / compiled" is the eager time over the compiled one: above 1,
 compiling helps.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -18,10 +19,10 @@ from machine import machine, print_machine
 from report import NOT_SLOWER
 from rows import ROWS, Inputs, Row, make_inputs, make_layer
 from timing import interleaved
+from torch import Tensor
 
 from crossattention import CrossAttention
 
-SKIPPED = ("beams", "learned", "decode")
 TOLERANCE = 1e-4
 """Largest difference of the compiled result from the eager one, in terms of the eager result's largest value."""
 WIDTHS = (42, 28, 12, 14, 18, 12)
@@ -30,26 +31,35 @@ HEAD = ("work (queries x context, widths, heads)", "plan fixed", "eager ms", "co
 
 def rows(only: str) -> list[Row]:
     """The rows to run."""
-    found = [row for row in ROWS if row.kind not in SKIPPED and only in row.name]
+    found = [row for row in ROWS if only in row.name]
     if not found:
-        raise SystemExit(
-            f"no row's name contains {only!r}; the rows are: {'; '.join(r.name for r in ROWS if r.kind not in SKIPPED)}"
-        )
+        raise SystemExit(f"no row's name contains {only!r}; the rows are: {'; '.join(r.name for r in ROWS)}")
     return found
+
+
+def call_of(row: Row, layer: CrossAttention, inputs: Inputs, *, is_compiled: bool) -> Callable[[], Tensor]:
+    """The row's work as one call, eager or compiled."""
+    if row.kind != "decode":
+        forward = torch.compile(layer, fullgraph=True) if is_compiled else layer
+        return lambda: forward(inputs.queries(), inputs.b)
+    prepared = layer.prepare(inputs.b, query_length=row.query_length, uses=row.steps)
+    attend = torch.compile(layer.attend, fullgraph=True) if is_compiled else layer.attend
+    return lambda: torch.stack([attend(a, prepared) for a in inputs.queries().unbind()])
 
 
 @torch.no_grad()
 def measure(row: Row, budget: float) -> dict[str, object]:
     """Eager and compiled calls of one row, compared once and then timed."""
     layer = make_layer(row, torch.float32, "cpu").eval()
-    plan = layer.fix_plan(query_length=row.query_length, context_length=row.context_length, batch=row.batch)
+    lengths = {"query_length": row.query_length, "context_length": row.context_length, "batch": row.batch}
+    plan = layer.fix_plan(**lengths, uses=row.steps, repeats=row.repeats, shares_queries=row.kind == "learned")
     inputs = make_inputs(row, torch.float32, "cpu", train=False)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True)
+    calls = {name: call_of(row, layer, inputs, is_compiled=name == "compiled") for name in ("eager", "compiled")}
     begun = time.perf_counter()
-    check(row, layer, compiled(inputs.queries(), inputs.b), inputs)
+    found = calls["compiled"]()
     compiling = time.perf_counter() - begun
-    calls = {"eager": lambda: layer(inputs.queries(), inputs.b), "compiled": lambda: compiled(inputs.queries(), inputs.b)}
+    check(row, found, calls["eager"]())
     timings = interleaved(calls, budget=budget)
     return {
         "work": row.name,
@@ -61,9 +71,8 @@ def measure(row: Row, budget: float) -> dict[str, object]:
     }
 
 
-def check(row: Row, layer: CrossAttention, found: torch.Tensor, inputs: Inputs) -> None:
-    """Stop if the compiled layer gives something else."""
-    wanted = layer(inputs.queries(), inputs.b)
+def check(row: Row, found: Tensor, wanted: Tensor) -> None:
+    """Stop if the compiled layer gives something else than the eager one."""
     difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE:
         raise SystemExit(

@@ -76,11 +76,11 @@ def test_blocks_equal_explicit_weights_with_gradients(monkeypatch, cuts_, kind):
                     torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("cuts_", [CUTS[0], CUTS[2]], ids=["whole rows", "parts"])
+@pytest.mark.parametrize("cuts_", [CUTS[0], CUTS[3]], ids=["whole rows", "parts"])
 @pytest.mark.parametrize("same", [False, True])
 def test_first_and_second_derivatives(monkeypatch, cuts_, same):
     cut(monkeypatch, cuts_)
-    queries, keys, values = tensors(3, 11, 2, 2, HEADS, same, z=2, items=2)
+    queries, keys, values = tensors(2, 6, 2, 2, HEADS, same, z=1, items=1)  # every number is moved by itself: few of them
 
     def read(queries, keys, *others):
         return attend_blocks(queries, keys, others[0] if others else keys, None, None, 0.5, False)

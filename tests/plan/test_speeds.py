@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from crossattention.plan import TEXTBOOK, Sizes, choose_plan, cost_of, read_speeds, speeds_of, use_speeds, write_speeds
+from crossattention.plan import (
+    TEXTBOOK,
+    Plan,
+    Sizes,
+    choose_plan,
+    cost_of,
+    devices,
+    read_speeds,
+    speeds_of,
+    use_speeds,
+    write_speeds,
+)
 from crossattention.plan import speeds as module
 from crossattention.plan.choose import UNMEASURED_ADVANTAGE
 
@@ -132,13 +143,49 @@ def test_on_a_device_that_nobody_measured_a_plan_must_be_clearly_better():
     assert not speeds_of("mps", "float32").is_measured and not speeds_of("cuda", "bfloat16").is_measured
 
 
-def test_processors_are_told_apart_by_vendor_and_instructions(monkeypatch):
-    for vendor, flags, quick, measured in (
-        ("AuthenticAMD", {"avx512f", "avx512_bf16"}, True, True),
-        ("AuthenticAMD", {"avx2"}, True, True),
-        ("GenuineIntel", {"avx512f", "avx512_bf16"}, False, False),
-        ("", set(), False, False),
-    ):
-        monkeypatch.setattr(module, "processor", lambda v=vendor, f=flags: (v, frozenset(f)))
-        speeds = module.built_in("cpu", "float32")
-        assert (speeds.quick_from < math.inf, speeds.is_measured) == (quick, measured), vendor
+def test_a_table_gives_half_precision_its_float32_constants_for_scores_too(tmp_path):
+    half = replace(CLASS_TOKEN, dtype="bfloat16")
+    table = {("cpu", dtype): speeds_of("cpu", dtype) for dtype in ("bfloat16", "float32")}
+    usual = choose_plan(half)
+    assert choose_plan(half, (), table).as_dict() == choose_plan(half, (), table["cpu", "bfloat16"]).as_dict() == usual.as_dict()
+    slow = replace(table["cpu", "float32"], matmul_flops=1e6, quick_flops=1e6, batched_flops=1e6)
+    write_speeds(tmp_path / "slow.json", table | {("cpu", "float32"): slow}, {})
+    choice = choose_plan(half, (), read_speeds(tmp_path / "slow.json"))
+    for plan in (Plan("context", "context", "explicit"), Plan("head", "head", "blocked")):
+        assert choice.candidate(plan).cost.seconds > 10 * usual.candidate(plan).cost.seconds
+    assert choice.candidate(TEXTBOOK).cost == usual.candidate(TEXTBOOK).cost  # the fused kernel takes its scores itself
+    only_half = {("cpu", "bfloat16"): table["cpu", "bfloat16"]}
+    assert choose_plan(half, (), only_half).as_dict() == usual.as_dict()  # what a table lacks is taken from those in use
+
+
+AVX512 = frozenset({"avx512f", "avx512_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "quick", "measured"),
+    [
+        (("AuthenticAMD", 25, AVX512), "zen4", True, True),
+        (("AuthenticAMD", 26, AVX512), "zen5", True, True),
+        (("AuthenticAMD", 25, frozenset({"avx2"})), "avx2", True, True),
+        (("GenuineIntel", 6, AVX512), "zen5", False, False),
+        (("GenuineIntel", 6, frozenset({"avx2"})), "avx2", False, False),
+        (("", 0, frozenset()), "avx2", False, False),
+    ],
+)
+def test_processors_are_told_apart_by_maker_generation_and_instructions(monkeypatch, told, kind, quick, measured):
+    monkeypatch.setattr(devices, "processor", lambda: devices.Processor(*told))
+    assert devices.processor().kind == kind
+    for dtype in ("float32", "bfloat16"):
+        speeds = devices.built_in("cpu", dtype)
+        assert (speeds.quick_from < math.inf, speeds.is_measured) == (quick and dtype == "float32", measured)
+    if measured:
+        assert devices.built_in("cpu", "float32") == devices._CPU[kind]["float32"]
+
+
+def test_float32_products_are_no_slower_on_the_later_generation(monkeypatch):
+    """The one thing that tells the two apart: a data path of 512 bits."""
+    rates = []
+    for family in (25, 26):
+        monkeypatch.setattr(devices, "processor", lambda f=family: devices.Processor("AuthenticAMD", f, AVX512))
+        rates.append(devices.built_in("cpu", "float32").quick_flops)
+    assert rates[1] > 1.5 * rates[0]

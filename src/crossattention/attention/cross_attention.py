@@ -7,7 +7,7 @@ g key-value heads, k/v head widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import Literal, TypeVar
@@ -201,7 +201,7 @@ class CrossAttention(nn.Module):
         uses: int = 1,
         dtype: torch.dtype | None = None,
         trains: bool = False,
-        speeds: Speeds | None = None,
+        speeds: Speeds | Mapping[tuple[str, str], Speeds] | None = None,
     ) -> Choice:
         """The plan that the layer would run for these shapes, and every other plan: cost, why, what was illegal and why.
 
@@ -211,7 +211,8 @@ class CrossAttention(nn.Module):
             uses: how many times one prepared B is read.
             dtype: dtype that the work runs in; default the weights', or autocast's where it is on.
             trains: whether a backward pass follows.
-            speeds: constants of the device; default those in use (`crossattention.plan.use_speeds`).
+            speeds: constants of the device, or a table by device type and dtype, as `crossattention.plan.read_speeds` gives;
+                default those in use (`use_speeds`).
 
         Returns:
             The choice; `print` it for the table, `as_dict()` for JSON. If the plan is pinned, the choice says so.
@@ -448,6 +449,8 @@ class CrossAttention(nn.Module):
 
         Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
         """
+        if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
+            return execute.attend_plainly(self, a, prepared.keys, prepared.values)
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
@@ -498,20 +501,33 @@ class CrossAttention(nn.Module):
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
 
     def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
-        """Whether nothing stands beside the textbook's products: decode steps are so short that other questions show."""
+        """Whether the textbook's products are all that is asked for and nothing is wrong.
+
+        Decode steps are so short that questions show in them: this is one condition in the place of the checks that name what is
+        wrong; those follow where it fails.
+        """
+        if type(prepared) is not PreparedContext or type(a) is not Tensor or a.dim() != 3:
+            return False
+        keys, weight = prepared.keys, getattr(self._modules["q_proj"], "weight", None)
+        shape, made = a.shape, keys.shape
         return (
-            prepared.plan == TEXTBOOK
+            (prepared.plan is TEXTBOOK or prepared.plan == TEXTBOOK)
             and prepared.mask is None
-            and a.dim() == 3
             and self.qk_norm is None
             and self.positions is None
             and self.kv_heads == self.heads
             and self.head_dim == self.value_head_dim
             and not (self.training and self.dropout)
+            and shape[0] == made[0]
+            and shape[1] > 0
+            and shape[2] == self.query_dim
+            and made[2] > 0
+            and isinstance(weight, Tensor)
+            and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
+            and a.device == weight.device
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(a.device.type)
-            and a.shape[1] > 0
-            and prepared.keys.shape[2] > 0
+            and self._is_fresh_cache(prepared)
         )
 
     def _meet(
@@ -625,9 +641,12 @@ class CrossAttention(nn.Module):
 
     def _is_fresh_cache(self, prepared: PreparedContext) -> bool:
         """Whether plain key and value projections are what they were: what decode steps ask, without lists of names."""
-        if prepared.plan != TEXTBOOK or self.qk_norm is not None or self.positions is not None:
+        if self.qk_norm is not None or self.positions is not None or (prepared.plan is not TEXTBOOK and prepared.plan != TEXTBOOK):
             return False
-        prints, seen = prepared.stamp.prints, 0
+        stamp = prepared.stamp
+        if stamp.owner != self._token:
+            return stamp.owner is None  # made within `forward`, or inside a graph
+        prints, seen = stamp.prints, 0
         for name in ("k_proj", "v_proj"):
             projection = self._modules[name]
             if type(projection) is not nn.Linear or "weight" not in projection._parameters:

@@ -145,7 +145,7 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
     queries = projected
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
-    weight = layer.k_proj.weight.unflatten(0, (layer.kv_heads, layer.head_dim))
+    weight = layer.k_proj.weight.view(layer.kv_heads, layer.head_dim, layer.context_dim)
     return _by_group(queries, weight.transpose(1, 2)), projected
 
 
@@ -154,6 +154,9 @@ def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
     z, heads, n, k = heads_zhnk.shape
     groups, width, _ = weight_gck.shape
     share = heads // groups
+    if share == 1:
+        single = heads_zhnk.transpose(0, 1).reshape(heads, z * n, k)
+        return batched(single, weight_gck).view(heads, z, n, width).transpose(0, 1)
     grouped = heads_zhnk.unflatten(1, (groups, share)).transpose(0, 1).reshape(groups, z * share * n, k)
     return batched(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
 
@@ -228,6 +231,8 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
         scores = _explicit_scores(queries, keys * scale)
     else:
         scores = _explicit_scores(queries * scale, keys)
+    if _is_for_no_gradient(queries, keys, mask):
+        return _softmax_in_place(scores, mask)
     if mask.tensor is not None:
         if mask.tensor.dtype == torch.bool:
             scores = scores.masked_fill(~mask.tensor, -torch.inf)
@@ -239,14 +244,51 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
     return _softmax(scores.masked_fill(~mask.live, 0.0)).masked_fill(~mask.live, 0.0)
 
 
+def _is_for_no_gradient(queries: Tensor, keys: Tensor, mask: ScoreMask) -> bool:
+    """Whether nothing will ask for the scores again: no backward pass, and no transform or graph that forbids writing in place."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    read = (queries, keys) if mask.tensor is None else (queries, keys, mask.tensor)
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read))
+
+
+def _softmax_in_place(scores: Tensor, mask: ScoreMask) -> Tensor:
+    """The weights in the memory of their scores: memory that is new to the process is slow to get (docs/planning.md)."""
+    if mask.tensor is not None:
+        if mask.tensor.dtype == torch.bool:
+            scores.masked_fill_(~mask.tensor, -torch.inf)
+        else:
+            scores.add_(mask.tensor)
+    if mask.live is not None:
+        scores.masked_fill_(~mask.live, 0.0)
+    across, _, dim = _by_layout(scores)
+    torch.softmax(across, dim, out=across)
+    return scores if mask.live is None else scores.masked_fill_(~mask.live, 0.0)
+
+
+_LAYOUTS = (  # of scores (z, h, n, m): dimensions in the order of memory, the order that leads back, and where m stands
+    ((0, 1, 2, 3), (0, 1, 2, 3), 3),
+    ((0, 2, 1, 3), (0, 2, 1, 3), 3),
+    ((0, 1, 3, 2), (0, 1, 3, 2), 2),
+    ((0, 3, 1, 2), (0, 2, 3, 1), 1),
+)
+
+
+def _by_layout(scores: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """The scores with their dimensions in the order of memory, what leads back from it, and the dimension of m."""
+    for order, back, dim in _LAYOUTS:
+        laid = scores.permute(order)
+        if laid.is_contiguous():
+            return laid, back, dim
+    return scores, (0, 1, 2, 3), 3
+
+
 def _softmax(scores: Tensor) -> Tensor:
     """Softmax over m of (z, h, n, m), in the layout that the scores have: torch's would write them out row by row first."""
-    if torch.compiler.is_compiling() or scores.stride(3) == 1:
+    if torch.compiler.is_compiling():
         return scores.softmax(-1)
-    for order, back, dim in (((0, 1, 3, 2), (0, 1, 3, 2), 2), ((0, 3, 1, 2), (0, 2, 3, 1), 1)):
-        if scores.permute(order).is_contiguous():
-            return scores.permute(order).softmax(dim).permute(back)
-    return scores.softmax(-1)
+    across, back, dim = _by_layout(scores)
+    return across.softmax(dim).permute(back)
 
 
 def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -374,7 +416,7 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
             summed = summed.add_(bias.to(summed.dtype)) if is_ours else summed + bias.to(summed.dtype)
         return summed.to(dtype)
     if space == "context":
-        weight = _unrounded(layer.v_proj.weight).unflatten(0, (layer.kv_heads, layer.value_head_dim))
+        weight = _unrounded(layer.v_proj.weight).view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
         read = _by_group(_unrounded(read), weight)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
@@ -392,7 +434,8 @@ def _value_bias(layer: CrossAttention, row_sums: Tensor | None, read: Tensor) ->
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:
     """(z, length, heads x width) as (z, length, heads, width)."""
-    split: Tensor = projected.unflatten(-1, (heads, -1))
+    width = projected.shape[-1] // heads
+    split: Tensor = projected.view(*projected.shape[:-1], heads, width)
     return split
 
 
@@ -430,9 +473,15 @@ def execute(
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
     z, n, _ = a.shape
-    queries = project(layer.q_proj, a).view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
-    read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale)
-    return project(layer.out_proj, read.transpose(1, 2).reshape(z, n, -1))
+    projections = layer._modules
+    queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
+    if n == 1:  # one row has the same layout by head as by position
+        queries = queries.view(z, layer.heads, 1, layer.head_dim)
+        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, -1)
+    else:
+        queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
+        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, -1)
+    return project(projections["out_proj"], read)  # type: ignore[arg-type]
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from crossattention.plan.speeds import built_in, speeds_of
+from crossattention.plan.devices import built_in
+from crossattention.plan.speeds import speeds_of
 
 _LIBRARY = torch.library.Library("crossattention", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -38,7 +39,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_quick(x, weight):
         return F.linear(x, weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.crossattention.linear.default(flat, weight, bias)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        out: Tensor = torch.ops.crossattention.linear.default(flat, weight, bias)
+    else:  # without the operator around it, which takes some microseconds to ask what this has just asked
+        out = _onednn(flat, weight, bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 

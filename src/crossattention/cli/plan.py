@@ -73,8 +73,8 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _speeds(path: Path, dtype: str) -> Speeds:
-    """The file's constants for a CPU and this dtype: sizes that are typed in are planned for the CPU."""
+def _speeds(path: Path, dtype: str) -> dict[tuple[str, str], Speeds]:
+    """The file's constants, which must hold those of a CPU and this dtype: sizes that are typed in are planned for the CPU."""
     from crossattention.plan import read_speeds
 
     table = read_speeds(path)
@@ -83,7 +83,7 @@ def _speeds(path: Path, dtype: str) -> Speeds:
         raise ValueError(
             f"--speeds {path} has no speeds for cpu {dtype}; it has: {held}; measure them with benchmarks/calibrate.py"
         )
-    return table["cpu", dtype]
+    return table
 
 
 def _shape(name: str, text: str, *, lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from crossattention.plan.choose import Candidate, Choice, choose_plan
 from crossattention.plan.cost import Cost, cost_of
+from crossattention.plan.devices import Speeds
 from crossattention.plan.plans import ALL_PLANS, CANDIDATES, TEXTBOOK, Forbidden, Plan, PlanError
 from crossattention.plan.sizes import Sizes
-from crossattention.plan.speeds import Speeds, read_speeds, speeds_of, use_speeds, write_speeds
+from crossattention.plan.speeds import read_speeds, speeds_of, use_speeds, write_speeds
 
 __all__ = [
     "ALL_PLANS",

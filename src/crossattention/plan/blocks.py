@@ -10,8 +10,9 @@ PART = 2048
 """Positions of one part of a long context."""
 PART_ROWS = 512
 """Rows that read one part together."""
-NARROW_ROW = 16
-"""Softmax over rows of this length or less is done across rows: torch's is some ten times slower along so short ones."""
+NARROW_ROW = 15
+"""Softmax over rows of this length or less is done across rows: torch's is some ten times slower along rows that do not fill one
+vector of 16 numbers, and no slower from there on (dev/LOG.md)."""
 
 
 def block_shape(together: int, length: int, context_length: int, *, shares_queries: bool) -> tuple[int, int]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from crossattention.plan.cost import Cost, CostModel
+from crossattention.plan.devices import Speeds
 from crossattention.plan.plans import CANDIDATES, TEXTBOOK, Forbidden, Plan, PlanError, reasons_against
 from crossattention.plan.show import choice_as_dict, show_choice
 from crossattention.plan.sizes import Sizes
-from crossattention.plan.speeds import Speeds, speeds_of
+from crossattention.plan.speeds import speeds_of
 
-ADVANTAGE = 0.93
+ADVANTAGE = 0.90
 """A plan replaces the textbook's only if it is estimated to take at most this share of its time: estimates err."""
 UNMEASURED_ADVANTAGE = 1 / 1.5
 """The same on a device whose constants nobody measured."""
@@ -57,7 +59,9 @@ class Choice:
         return next(candidate for candidate in self.candidates if candidate.plan == plan)
 
 
-def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), speeds: Speeds | None = None) -> Choice:
+def choose_plan(
+    sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), speeds: Speeds | Mapping[tuple[str, str], Speeds] | None = None
+) -> Choice:
     """Choose the plan for a piece of work.
 
     The cheapest legal plan that holds no more memory than the textbook's (`SPARE_BYTES` apart); the textbook's own spaces unless
@@ -66,7 +70,8 @@ def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), speeds: Spe
     Args:
         sizes: lengths, widths, heads, uses, dtype and device.
         forbidden: meeting spaces that the layer, its parts or the dtype forbid, each with its reason.
-        speeds: constants of the device; default those in use for it (`use_speeds`).
+        speeds: constants of the device, or a table of them by device type and dtype, as `read_speeds` gives; default those in use
+            (`use_speeds`). Half precision takes scores in float32: a table's constants for that count, where it has some.
 
     Returns:
         The choice, with all candidates, cheapest first.
@@ -76,12 +81,18 @@ def choose_plan(sizes: Sizes, forbidden: tuple[Forbidden, ...] = (), speeds: Spe
 
     Cost: under a millisecond the first time, a dictionary look-up after that.
     """
-    return _choose(sizes, forbidden, speeds_of(sizes.device, sizes.dtype) if speeds is None else speeds)
+    key, score_key = (sizes.device, sizes.dtype), (sizes.device, sizes.score_dtype)
+    if speeds is None:
+        return _choose(sizes, forbidden, speeds_of(*key), speeds_of(*score_key))
+    if isinstance(speeds, Speeds):
+        return _choose(sizes, forbidden, speeds, speeds if key == score_key else speeds_of(*score_key))
+    used, of_scores = (speeds[k] if k in speeds else speeds_of(*k) for k in (key, score_key))
+    return _choose(sizes, forbidden, used, of_scores)
 
 
 @lru_cache(maxsize=8192)
-def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], speeds: Speeds) -> Choice:
-    model = CostModel(sizes, speeds)
+def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], speeds: Speeds, score_speeds: Speeds) -> Choice:
+    model = CostModel(sizes, speeds, score_speeds)
     candidates = [Candidate(plan, model.cost(plan), reasons_against(plan, forbidden)) for plan in CANDIDATES]
     candidates.sort(key=lambda candidate: candidate.cost.seconds)
     legal = [candidate for candidate in candidates if candidate.is_legal]

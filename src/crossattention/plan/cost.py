@@ -15,9 +15,10 @@ from math import ceil
 from typing import NamedTuple
 
 from crossattention.plan import blocks
+from crossattention.plan.devices import Speeds
 from crossattention.plan.plans import Plan
-from crossattention.plan.sizes import Sizes
-from crossattention.plan.speeds import Speeds, speeds_of
+from crossattention.plan.sizes import DTYPE_BYTES, Sizes
+from crossattention.plan.speeds import speeds_of
 
 
 class Step(NamedTuple):
@@ -84,19 +85,21 @@ class CostModel:
     Args:
         sizes: the work.
         speeds: constants of the device; default those in use for its device and dtype (`speeds_of`).
+        score_speeds: the same for the dtype that scores are taken in; default those in use for that.
     """
 
-    def __init__(self, sizes: Sizes, speeds: Speeds | None = None) -> None:
+    def __init__(self, sizes: Sizes, speeds: Speeds | None = None, score_speeds: Speeds | None = None) -> None:
         self.sizes = sizes
         self.speeds = speeds_of(sizes.device, sizes.dtype) if speeds is None else speeds
         self.threads = min(sizes.threads, 4 * self.speeds.threads)
         self.z, self.n, self.m = sizes.batch, sizes.repeats * sizes.query_length, sizes.context_length
         self.query_items = 1 if sizes.shares_queries else sizes.batch
-        is_half = sizes.dtype in ("bfloat16", "float16")
-        # Scores are float32 numbers, so outside of the fused kernel half precision is multiplied as float32 there.
-        self._score_speeds = speeds_of(sizes.device, "float32") if is_half else self.speeds
         self._element = sizes.element_bytes
-        self._score_element = 4 if is_half else self._element
+        # Scores are float32 numbers, so outside of the fused kernel half precision is multiplied as float32 there.
+        self._score_speeds, self._score_element = self.speeds, self._element
+        if sizes.score_dtype != sizes.dtype:
+            self._score_speeds = speeds_of(sizes.device, sizes.score_dtype) if score_speeds is None else score_speeds
+            self._score_element = DTYPE_BYTES[sizes.score_dtype]
 
     def cost(self, plan: Plan) -> Cost:
         """The cost of one plan."""
@@ -134,8 +137,10 @@ class CostModel:
             return scale * shape / speeds.quick_flops + batches * speeds.quick_step
         if not flops:
             return 0.0
-        few = speeds.matmul_rows if batches == 1 else speeds.batched_rows
-        shape = (1 + few / rows) * (1 + speeds.matmul_columns / columns) * (1 + speeds.matmul_inner / inner)
+        if batches > 1:
+            shape = (1 + speeds.batched_rows / rows) * (1 + speeds.batched_columns / columns) * (1 + speeds.batched_inner / inner)
+            return scale * shape / speeds.batched_flops
+        shape = (1 + speeds.matmul_rows / rows) * (1 + speeds.matmul_columns / columns) * (1 + speeds.matmul_inner / inner)
         return scale * shape / speeds.matmul_flops
 
     def _traffic_seconds(self, elements: float, written: float = 0.0, element: int | None = None) -> float:
@@ -244,10 +249,12 @@ class CostModel:
         waves = ceil(tasks / self.threads)
         block = min(block, rows)
         one = speeds.threads / speeds.fused_flops
-        arithmetic = 4.0 * block * m * width * one * (1 + speeds.fused_rows / block) * (1 + speeds.fused_width / width)
-        exponentials = block * m * speeds.threads / speeds.fused_exponentials + ceil(m / 512) * speeds.fused_block
+        columns = m + speeds.fused_columns
+        arithmetic = 4.0 * block * columns * width * one * (1 + speeds.fused_rows / block) * (1 + speeds.fused_width / width)
+        exponentials = block * columns * speeds.threads / speeds.fused_exponentials + ceil(m / 512) * speeds.fused_block
         weights = z * s.heads * n * m
-        elements = z * (2 * s.heads * n + m * (key_groups + value_groups)) * width
+        query_heads = 1 if plan.scores == "query" else s.heads
+        elements = z * ((query_heads + s.heads) * n + m * (key_groups + value_groups)) * width
         seconds = waves * (arithmetic + exponentials) + self._traffic_seconds(elements, z * s.heads * n * width)
         if s.trains:
             backward_tasks = ceil(z * groups / self.threads)
@@ -266,16 +273,20 @@ class CostModel:
         key_width, value_width = meeting_widths(plan, s)
         key_groups, value_groups = meeting_groups(plan, s)
         weights = z * h * n * m
+        is_narrow = m <= blocks.NARROW_ROW  # then scores are laid across, keys times queries
         if plan.scores == "query":
-            scores = self._product("scores", n, key_width, h * m, z, operations=3, is_score=True)
+            rows, columns, products = n, h * m, z
         else:
-            scores = self._product("scores", h // key_groups * n, key_width, m, z * key_groups, operations=3, is_score=True)
+            rows, columns, products = h // key_groups * n, m, z * key_groups
+            is_narrow = is_narrow and key_groups in (1, h)
+        if is_narrow:
+            rows, columns = columns, rows
+        scores = self._product("scores", rows, key_width, columns, products, operations=3, is_score=True)
         softmax = self._softmax_seconds(weights, m, is_block=False) + self._traffic_seconds(
             2 * weights, weights, self._score_element
         )
         softmax += self.speeds.step_seconds
         steps = [scores, Step("softmax", 4 * weights, 2 * weights, softmax * (2.5 if s.trains else 1.0))]
-        is_narrow = m <= blocks.NARROW_ROW
         if plan.values == "output":
             if plan.scores == "context" or (plan.scores == "head" and not is_narrow):
                 steps.append(self._move("weights by query", 2 * weights))
@@ -307,7 +318,8 @@ class CostModel:
         rows = heads * length
         size = heads * length * columns
         if shares:
-            product = self._product_seconds(length, key_width, heads * columns, speeds=self._score_speeds)
+            across = (heads * columns, key_width, length) if columns <= blocks.NARROW_ROW else (length, key_width, heads * columns)
+            product = self._product_seconds(*across, speeds=self._score_speeds)
         else:
             product = self._product_seconds(rows, key_width, columns, speeds=self._score_speeds)
         if plan.values == "output":
@@ -315,9 +327,11 @@ class CostModel:
         else:
             read = value_products * self._product_seconds(rows // value_products, columns, value_width)
         softmax = self._softmax_seconds(size, columns, is_block=True) * (speeds.online_softmax if in_parts else 1.0)
-        elements = z * (2 * h * n * max(key_width, value_width) + m * (key_groups * key_width + value_groups * value_width))
+        written = n * value_width * (1 if plan.values == "output" else h)
+        elements = z * (n * key_width * (1 if plan.scores == "query" else h) + written)
+        elements += z * m * (key_groups * key_width + value_groups * value_width)
         passes = 1 if in_parts else ceil(n / length)
-        traffic = self._traffic_seconds(elements * (1 if passes == 1 else 1.5), z * h * n * value_width)
+        traffic = self._traffic_seconds(elements * (1 if passes == 1 else 1.5), z * written)
         written_out = 0 if self._score_element == self._element else z * m * key_groups * key_width
         block_traffic = count * 3 * size * self._score_element / speeds.cache_bytes + self._traffic_seconds(
             1.5 * written_out, 0.0, 4

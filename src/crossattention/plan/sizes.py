@@ -67,3 +67,8 @@ class Sizes:
     def element_bytes(self) -> int:
         """Bytes of one number."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def score_dtype(self) -> str:
+        """Name of the dtype that scores are taken in: float32 for half precision."""
+        return "float32" if self.dtype in ("bfloat16", "float16") else self.dtype

@@ -1,0 +1,297 @@
+"""What devices do well: the constants behind the cost model, and the built-in ones of the processors that were measured.
+
+Which constants are in use, and the files that hold others, are `speeds`' matter. `python benchmarks/calibrate.py` measures a
+machine's own.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a device does well, in one dtype, in plain numbers; rates are of all `threads` together.
+
+    A product of (rows, inner) and (inner, columns) runs at its rate / ((1 + r / rows) (1 + c / columns) (1 + i / inner)): skinny
+    products are slower. `quick` is the library that large float32 products go to on a CPU (oneDNN, where it beats MKL).
+
+    Args:
+        is_measured: whether the constants were measured on such a device; where not, another plan than the textbook's is only
+            chosen when it is estimated to be at least 1.5 times faster.
+        threads: threads that the rates were measured with; arithmetic is taken to grow with their number.
+        matmul_flops: floating-point operations a second in large matrix products.
+        matmul_rows: rows at which such a product reaches half its rate.
+        matmul_columns: the same for columns.
+        matmul_inner: the same for the inner length.
+        batched_flops: floating-point operations a second in many products that one call takes.
+        batched_rows: rows of each at which they reach half that rate.
+        batched_columns: the same for columns.
+        batched_inner: the same for the inner length.
+        quick_from: FLOPs of one product from which on the quick library is called; inf where there is none.
+        quick_flops: floating-point operations a second of the quick library.
+        quick_rows: rows at which it reaches half its rate.
+        quick_columns: the same for columns.
+        quick_inner: the same for the inner length.
+        quick_step: seconds to start it.
+        bytes: bytes a second to and from memory.
+        cache: bytes that stay in caches from one step to the next.
+        cache_bytes: bytes a second to and from caches.
+        new_bytes: bytes a second that the system hands out as new memory.
+        new_from: bytes from which on a result is new memory each time.
+        fused_flops: floating-point operations a second inside the fused attention kernel.
+        fused_rows: query rows of one of its blocks at which it reaches half its rate.
+        fused_width: head width at which it reaches half its rate.
+        fused_columns: context length at which it reaches half its rate.
+        fused_exponentials: exponentials a second inside it.
+        fused_block: seconds that one thread spends on one of its blocks besides.
+        fused_backward: its arithmetic in the backward pass, over that of the forward for the same FLOPs.
+        softmax: exponentials a second in a softmax over long rows.
+        softmax_columns: row length at which it reaches half its rate.
+        online_softmax: cost of a softmax in parts over one of whole rows.
+        step_seconds: seconds to start one operation.
+        block_seconds: seconds to start one block of the blocked kernel.
+    """
+
+    is_measured: bool
+    threads: int
+    matmul_flops: float
+    matmul_rows: float
+    matmul_columns: float
+    matmul_inner: float
+    batched_flops: float
+    batched_rows: float
+    batched_columns: float
+    batched_inner: float
+    quick_from: float
+    quick_flops: float
+    quick_rows: float
+    quick_columns: float
+    quick_inner: float
+    quick_step: float
+    bytes: float
+    cache: float
+    cache_bytes: float
+    new_bytes: float
+    new_from: float
+    fused_flops: float
+    fused_rows: float
+    fused_width: float
+    fused_columns: float
+    fused_exponentials: float
+    fused_block: float
+    fused_backward: float
+    softmax: float
+    softmax_columns: float
+    online_softmax: float
+    step_seconds: float
+    block_seconds: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "is_measured":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                raise ValueError(f"speeds: {field.name} must be a number, got {value!r}")
+            if value < 0 or (value == 0 and field.name in _DIVISORS):
+                raise ValueError(f"speeds: {field.name} must be above zero, got {value!r}")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_DIVISORS = frozenset(
+    "threads matmul_flops batched_flops quick_flops bytes cache_bytes new_bytes fused_flops fused_exponentials softmax".split()
+)
+
+# Fitted by benchmarks/calibrate.py on two cores of an AMD EPYC of the fourth generation (Zen 4: AVX-512 and bfloat16 instructions
+# over a data path of 256 bits), torch 2.14, 2026-11-25.
+_ZEN4 = Speeds(
+    is_measured=True,
+    threads=2,
+    matmul_flops=2.62e11,
+    matmul_rows=3.38,
+    matmul_columns=4.0,
+    matmul_inner=16.0,
+    batched_flops=1.32e11,
+    batched_rows=7.11,
+    batched_columns=17.8,
+    batched_inner=21.8,
+    quick_from=5e6,
+    quick_flops=2.26e11,
+    quick_rows=2.44,
+    quick_columns=22.6,
+    quick_inner=70.3,
+    quick_step=8.39e-5,
+    bytes=2.34e10,
+    cache=5e6,
+    cache_bytes=7.9e10,
+    new_bytes=5.46e9,
+    new_from=3.2e7,
+    fused_flops=2.45e11,
+    fused_rows=5.65,
+    fused_width=3.5,
+    fused_columns=22.0,
+    fused_exponentials=1.96e9,
+    fused_block=1.12e-6,
+    fused_backward=1.0,
+    softmax=4.32e9,
+    softmax_columns=7.77,
+    online_softmax=2.0,
+    step_seconds=2.49e-5,
+    block_seconds=1.51e-4,
+)
+
+# The fifth generation (Zen 5: 512 bits): what oneDNN and exponentials reach was measured there, 2026-11-23; torch's other products
+# are MKL's, which run as on the fourth, and the rest is carried over from it.
+_ZEN5 = replace(_ZEN4, quick_flops=4.08e11, fused_exponentials=3.17e9, softmax=5.22e9)
+
+_ZEN4_BF16 = Speeds(
+    is_measured=True,
+    threads=2,
+    matmul_flops=448000000000.0,
+    matmul_rows=2.25,
+    matmul_columns=4.2,
+    matmul_inner=86.1,
+    batched_flops=215000000000.0,
+    batched_rows=28.0,
+    batched_columns=15.1,
+    batched_inner=54.1,
+    quick_from=math.inf,
+    quick_flops=420000000000.0,
+    quick_rows=4.0,
+    quick_columns=4.0,
+    quick_inner=40.0,
+    quick_step=2e-05,
+    bytes=25600000000.0,
+    cache=2490000.0,
+    cache_bytes=38700000000.0,
+    new_bytes=5940000000.0,
+    new_from=32000000.0,
+    fused_flops=182000000000.0,
+    fused_rows=6.47,
+    fused_width=3.8,
+    fused_columns=22.6,
+    fused_exponentials=2280000000.0,
+    fused_block=2.42e-06,
+    fused_backward=1.0,
+    softmax=6370000000.0,
+    softmax_columns=8.36,
+    online_softmax=2.0,
+    step_seconds=3.07e-05,
+    block_seconds=0.000216,
+)
+
+_ZEN5_BF16 = replace(_ZEN4_BF16, matmul_flops=9.65e11, fused_flops=2.35e11)
+
+# One current data-centre GPU, from its data sheet; nothing here was measured.
+_GPU = replace(
+    _ZEN4,
+    is_measured=False,
+    threads=1,
+    matmul_flops=6e14,
+    matmul_rows=64.0,
+    matmul_columns=64.0,
+    matmul_inner=64.0,
+    batched_flops=6e14,
+    batched_rows=64.0,
+    batched_columns=64.0,
+    batched_inner=64.0,
+    quick_from=math.inf,
+    bytes=3.5e12,
+    cache=3e7,
+    cache_bytes=1e13,
+    new_bytes=1e15,
+    fused_flops=4e14,
+    fused_rows=32.0,
+    fused_width=32.0,
+    fused_columns=16,
+    fused_exponentials=2e12,
+    fused_block=0.0,
+    fused_backward=1.3,
+    softmax=4e11,
+    step_seconds=5e-6,
+    block_seconds=3e-5,
+)
+
+
+def _without_quick(speeds: Speeds) -> Speeds:
+    """A processor on which torch's own products are as quick as oneDNN's; nobody measured one."""
+    return replace(
+        speeds,
+        is_measured=False,
+        matmul_flops=speeds.quick_flops,
+        batched_flops=speeds.quick_flops,
+        quick_from=math.inf,
+        fused_flops=max(speeds.fused_flops, 0.9 * speeds.quick_flops),
+    )
+
+
+class Processor(NamedTuple):
+    """What the system says of a processor: its maker, the maker's number of its generation (0 if unknown), its instruction sets."""
+
+    vendor: str
+    family: int
+    flags: frozenset[str]
+
+    @property
+    def kind(self) -> str:
+        """Which of the measured processors is nearest."""
+        if not {"avx512f", "avx512_bf16"} <= self.flags:
+            return "avx2"
+        return "zen4" if "AMD" in self.vendor and self.family <= 25 else "zen5"
+
+
+@lru_cache(maxsize=1)
+def processor() -> Processor:
+    """This machine's processor; without a maker and instruction sets where the system does not say."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            pairs = [line.split(":", 1) for line in lines if ":" in line]
+            told = {name.strip(): value.strip() for name, value in pairs}
+    except OSError:
+        told = {}
+    family = told.get("cpu family", "")
+    return Processor(
+        told.get("vendor_id") or platform.processor(),
+        int(family) if family.isdigit() else 0,
+        frozenset(told.get("flags", "").split()),
+    )
+
+
+def built_in(device: str, dtype: str) -> Speeds:
+    """The built-in constants for a device type and dtype; of a device that nobody measured, those of the nearest one."""
+    if device == "cpu":
+        here = processor()
+        measured = _CPU[here.kind][dtype]
+        return measured if "AMD" in here.vendor else _without_quick(measured)
+    if device == "cuda":
+        return _CUDA[dtype]
+    return replace(_ZEN4, is_measured=False, quick_from=math.inf)
+
+
+# Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): products, the fused kernel and
+# softmax measured, the rest as on Zen 4.
+_AVX2 = replace(_ZEN4, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9, fused_flops=1.9e11)
+_AVX2_BF16 = replace(_ZEN4_BF16, matmul_flops=4.7e10, batched_flops=4.7e10, fused_flops=4e10, softmax=2.6e9)
+
+
+def _by_dtype(float32: Speeds, bfloat16: Speeds) -> dict[str, Speeds]:
+    """All dtypes of a processor: doubles at half the rate of floats; float16, which has no instructions of its own, unmeasured."""
+    halved = {name: getattr(float32, name) / 2 for name in ("matmul_flops", "batched_flops", "fused_flops")}
+    doubles = replace(float32, quick_from=math.inf, **halved)
+    float16 = replace(bfloat16, is_measured=False, **halved)
+    return {"float32": float32, "float64": doubles, "bfloat16": bfloat16, "float16": float16}
+
+
+_CPU = {"zen4": _by_dtype(_ZEN4, _ZEN4_BF16), "zen5": _by_dtype(_ZEN5, _ZEN5_BF16), "avx2": _by_dtype(_AVX2, _AVX2_BF16)}
+_CUDA: dict[str, Speeds] = {}
+for _dtype, _rate in (("float32", 0.08), ("float64", 0.08), ("bfloat16", 1.0), ("float16", 1.0)):
+    _CUDA[_dtype] = replace(
+        _GPU, matmul_flops=_GPU.matmul_flops * _rate, batched_flops=_GPU.batched_flops * _rate, fused_flops=_GPU.fused_flops * _rate
+    )
