@@ -34,7 +34,6 @@ class Compiled:
 
     @torch.no_grad()
     def agrees(self, n, m):
-        """Without gradients: a query bias that is trained makes the query spaces run explicitly, whatever the kernel."""
         a, b = inputs(n, m)
         torch.testing.assert_close(self.run(a, b), self.layer(a, b), atol=1e-5, rtol=1e-5)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from crossattention import CrossAttention, Plan, PlanError, SelfAttention
-from crossattention.attention import PreparedContext
+from crossattention.attention import PreparedContext, execute
 from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK
 from oracle import MASKS, A, B, H, K, M, N, O, V, Z, gradients, make_inputs, make_layer, make_masks, specification
 from tolerances import TOLERANCES, assert_close
@@ -88,6 +88,22 @@ def test_weights_made_in_place_are_the_same_and_change_nothing_that_was_given(pl
             for _ in range(2):
                 assert_close(layer.attend(a, prepared, attn_mask=masks.get("attn_mask")), expected)
         assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("plan", [p for p in CANDIDATES if p.scores == "query" and p.kernel != "explicit"], ids=named)
+@pytest.mark.parametrize("scale", [0.3, 0.0])
+def test_a_trained_query_bias_leaves_the_kernel_that_was_asked_for(monkeypatch, plan, scale):
+    """Its extra score of each key is a column of the keys, not a mask, for which kernels have no gradient."""
+    layer, (a, b) = make_layer(plan, scale=scale), make_inputs()
+    masks = make_masks("both")
+    expected, _ = specification(layer, a, b, **masks)
+    if scale:
+        monkeypatch.setattr(execute, "explicit_weights", lambda *_: pytest.fail("ran explicitly"))
+    out = layer(a, b, **masks)
+    assert_close(out, expected)
+    inputs = [a, b, *layer.parameters()]
+    for found, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        assert (found - wanted).abs().amax() < 1e-10
 
 
 def test_every_plan_drops_the_same_pairs_in_training():

@@ -495,10 +495,21 @@ class CrossAttention(nn.Module):
     def _attend(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None) -> Tensor:
         if attn_mask is None and query_positions is None and self._is_plain_step(a, prepared):
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
-        queries, mask = self._meet(a, prepared, attn_mask, query_positions)
+        joins = self._joins_key_bias(prepared)
+        queries, mask = self._meet(a, prepared, attn_mask, query_positions, adds_key_bias=not joins)
+        keys = prepared.keys
+        if joins:
+            assert prepared.key_bias is not None
+            queries, keys = execute.join_key_bias(queries, keys, prepared.key_bias / self.scale)
         dropout = self.dropout if self.training else 0.0
-        out = execute.execute(self, prepared.plan, queries, prepared.keys, prepared.values, mask, dropout)
+        out = execute.execute(self, prepared.plan, queries, keys, prepared.values, mask, dropout)
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
+
+    def _joins_key_bias(self, prepared: PreparedContext) -> bool:
+        """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained."""
+        bias = prepared.key_bias
+        is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        return is_trained and prepared.plan.kernel != "explicit" and self.scale != 0.0
 
     def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
         """Whether the textbook's products are all that is asked for and nothing is wrong.
@@ -531,7 +542,13 @@ class CrossAttention(nn.Module):
         )
 
     def _meet(
-        self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None
+        self,
+        a: Tensor,
+        prepared: PreparedContext,
+        attn_mask: Tensor | None,
+        query_positions: Tensor | None,
+        *,
+        adds_key_bias: bool = True,
     ) -> tuple[Tensor, ScoreMask]:
         """The queries in the plan's meeting space, repeats laid into the length, and the one mask of all scores."""
         z, m, n = prepared.batch, prepared.context_length, a.shape[-2]
@@ -548,7 +565,7 @@ class CrossAttention(nn.Module):
         elif a.dim() == 2:
             a = a.unsqueeze(0)
         queries, projected = execute.make_queries(self, prepared.plan.scores, a, positions)
-        bias = None if prepared.key_bias is None else prepared.key_bias.unsqueeze(2)
+        bias = prepared.key_bias.unsqueeze(2) if prepared.key_bias is not None and adds_key_bias else None
         if self.positions is not None and self.positions.adds_to_scores:
             assert positions is not None and prepared.positions is not None
             read = projected if self.positions.reads_queries else None

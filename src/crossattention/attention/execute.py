@@ -149,6 +149,19 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
     return _by_group(queries, weight.transpose(1, 2)), projected
 
 
+def join_key_bias(queries: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (z, 1, n, a) and keys (z, h, m, a or more) with one more column, in which one meets the extra score of each key.
+
+    Up to a multiple of 16 columns, so that rows stay aligned; the rest are zeros. Queries are A itself here, keys may have been
+    padded to the values' width.
+    """
+    width = queries.shape[-1]
+    more = 16 - width % 16
+    one = F.pad(queries.new_ones(1), (0, more - 1)).expand(*queries.shape[:-1], more)
+    column = F.pad(key_bias.to(keys.dtype).unsqueeze(-1), (0, more - 1))
+    return torch.cat((queries, one), -1), torch.cat((keys[..., :width], column), -1)
+
+
 def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
     """Each head (z, h, n, k) times the weight (g, c, k) of its group, transposed: (z, h, n, c)."""
     z, heads, n, k = heads_zhnk.shape
