@@ -2,8 +2,8 @@
 
     python benchmarks/planner.py [--shapes 200] [--seed 2026] [--dtype float32] [--train] [--budget 1.5] [--json FILE]
 
-For each shape every legal plan is forced, interleaved in one process; those estimated at over 4 times the best estimate are not
-run, and those at over 1.6 times the fastest in a first run are not repeated. Printed: on how many shapes the choice takes at most
+For each shape every legal plan is forced, interleaved in one process; those estimated at over 3 times the best estimate are not
+run, and those at over 1.4 times the fastest in a first run are not repeated. Printed: on how many shapes the choice takes at most
 1.10 times the best plan's time, on how many it is "not slower" than the textbook's plan (at least 0.95 of its speed), and every
 miss.
 """

@@ -90,6 +90,32 @@ def test_weights_made_in_place_are_the_same_and_change_nothing_that_was_given(pl
         assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
 
 
+def test_a_layer_without_memory_of_its_own_can_be_planned_for():
+    with torch.device("meta"):
+        layer = CrossAttention(384, heads=6)
+    assert layer.plan_for((8, 1, 384), (8, 401, 384)).sizes.device == "meta"
+
+
+@pytest.mark.parametrize("kernel", ["fused", "explicit"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_short_way_to_read_b_itself_gives_what_the_long_one_does(monkeypatch, kernel, bias):
+    """Without masks, parts or gradients context+context takes few steps: all lengths, one item and several, dense and prepared."""
+    plan, used = Plan("context", "context", kernel), []
+    short = execute.attend_b_plainly
+    monkeypatch.setattr(execute, "attend_b_plainly", lambda *given: used.append(given) or short(*given))
+    for n, m, heads in itertools.product((1, N), (1, M, 18, 40), (1, H)):
+        layer, (a, b) = make_layer(plan, bias=bias, heads=heads), make_inputs(n, m)
+        expected, _ = specification(layer, a, b)
+        assert_close(layer(a, b), expected)
+        assert not used  # gradients may follow
+        with torch.no_grad():
+            assert_close(layer(a, b), expected)
+            assert_close(layer.attend(a[:1], layer.prepare(b[:1])), expected[:1])
+            assert_close(layer(a, b.transpose(1, 2).contiguous().transpose(1, 2)), expected)
+        assert len(used) == (3 if kernel == "fused" or m > 15 else 0)
+        used.clear()
+
+
 @pytest.mark.parametrize("plan", [p for p in CANDIDATES if p.scores == "query" and p.kernel != "explicit"], ids=named)
 @pytest.mark.parametrize("scale", [0.3, 0.0])
 def test_a_trained_query_bias_leaves_the_kernel_that_was_asked_for(monkeypatch, plan, scale):

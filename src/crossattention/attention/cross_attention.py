@@ -19,7 +19,9 @@ from crossattention.attention import execute
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
+from crossattention.attention.products import is_transformed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
+from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -285,7 +287,8 @@ class CrossAttention(nn.Module):
         device = "cpu" if weight is None else weight.device.type
         if dtype is None:
             held = torch.get_default_dtype() if weight is None else weight.dtype
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else held
+            is_cast = device != "meta" and torch.is_autocast_enabled(device)  # asked of meta, autocast raises
+            dtype = torch.get_autocast_dtype(device) if is_cast else held
         widths = (self.query_dim, self.context_dim, self.heads, self.kv_heads, self.head_dim, self.value_head_dim, self.out_dim)
         threads = torch.get_num_threads() if device == "cpu" else 1
         return _cached_sizes(
@@ -493,8 +496,11 @@ class CrossAttention(nn.Module):
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 
     def _attend(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None) -> Tensor:
-        if attn_mask is None and query_positions is None and self._is_plain_step(a, prepared):
-            return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+        if attn_mask is None and query_positions is None:
+            if self._is_plain_step(a, prepared):
+                return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+            if self._is_plain_read_of_b(a, prepared):
+                return execute.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
         joins = self._joins_key_bias(prepared)
         queries, mask = self._meet(a, prepared, attn_mask, query_positions, adds_key_bias=not joins)
         keys = prepared.keys
@@ -539,6 +545,27 @@ class CrossAttention(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(a.device.type)
             and self._is_fresh_cache(prepared)
+        )
+
+    def _is_plain_read_of_b(self, a: Tensor, prepared: PreparedContext) -> bool:
+        """Whether a B that is kept as it is can be read in few steps: nothing stands beside the products or looks into them."""
+        plan, keys = prepared.plan, prepared.keys
+        return (
+            plan.scores == plan.values == "context"
+            and (plan.kernel == "fused" or (plan.kernel == "explicit" and keys.shape[2] > NARROW_ROW))
+            and prepared.mask is None
+            and a.dim() == 3
+            and self.qk_norm is None
+            and self.positions is None
+            and self.kv_heads == self.heads
+            and not (self.training and self.dropout)
+            and not torch.is_grad_enabled()
+            and a.dtype in (torch.float32, torch.float64)
+            and a.shape[1] > 0
+            and keys.shape[2] > 0
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(a.device.type)
+            and not is_transformed()
         )
 
     def _meet(

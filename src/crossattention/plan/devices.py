@@ -114,42 +114,42 @@ _DIVISORS = frozenset(
 _ZEN4 = Speeds(
     is_measured=True,
     threads=2,
-    matmul_flops=2.62e11,
-    matmul_rows=3.38,
+    matmul_flops=3.25e11,
+    matmul_rows=3.14,
     matmul_columns=4.0,
     matmul_inner=16.0,
-    batched_flops=1.32e11,
-    batched_rows=7.11,
-    batched_columns=17.8,
-    batched_inner=21.8,
+    batched_flops=1.2e11,
+    batched_rows=6.84,
+    batched_columns=18.6,
+    batched_inner=25.6,
     quick_from=5e6,
-    quick_flops=2.26e11,
+    quick_flops=2.33e11,
     quick_rows=2.44,
-    quick_columns=22.6,
-    quick_inner=70.3,
-    quick_step=8.39e-5,
-    bytes=2.34e10,
-    cache=5e6,
-    cache_bytes=7.9e10,
-    new_bytes=5.46e9,
+    quick_columns=33.6,
+    quick_inner=66.1,
+    quick_step=1.06e-4,
+    bytes=2.7e10,
+    cache=5.82e6,
+    cache_bytes=1.19e11,
+    new_bytes=4.75e9,
     new_from=3.2e7,
-    fused_flops=2.45e11,
-    fused_rows=5.65,
-    fused_width=3.5,
-    fused_columns=22.0,
-    fused_exponentials=1.96e9,
-    fused_block=1.12e-6,
+    fused_flops=1.69e11,
+    fused_rows=1.89,
+    fused_width=3.0,
+    fused_columns=29.4,
+    fused_exponentials=2.82e9,
+    fused_block=7.29e-7,
     fused_backward=1.0,
-    softmax=4.32e9,
+    softmax=5.41e9,
     softmax_columns=7.77,
     online_softmax=2.0,
-    step_seconds=2.49e-5,
-    block_seconds=1.51e-4,
+    step_seconds=2.21e-5,
+    block_seconds=1.88e-4,
 )
 
 # The fifth generation (Zen 5: 512 bits): what oneDNN and exponentials reach was measured there, 2026-11-23; torch's other products
 # are MKL's, which run as on the fourth, and the rest is carried over from it.
-_ZEN5 = replace(_ZEN4, quick_flops=4.08e11, fused_exponentials=3.17e9, softmax=5.22e9)
+_ZEN5 = replace(_ZEN4, quick_flops=4.2e11, fused_exponentials=3.17e9)
 
 _ZEN4_BF16 = Speeds(
     is_measured=True,
@@ -277,7 +277,7 @@ def built_in(device: str, dtype: str) -> Speeds:
 
 # Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): products, the fused kernel and
 # softmax measured, the rest as on Zen 4.
-_AVX2 = replace(_ZEN4, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9, fused_flops=1.9e11)
+_AVX2 = replace(_ZEN4, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9)
 _AVX2_BF16 = replace(_ZEN4_BF16, matmul_flops=4.7e10, batched_flops=4.7e10, fused_flops=4e10, softmax=2.6e9)
 
 
