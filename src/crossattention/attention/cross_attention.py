@@ -523,7 +523,7 @@ class CrossAttention(nn.Module):
         Decode steps are so short that questions show in them: this is one condition in the place of the checks that name what is
         wrong; those follow where it fails.
         """
-        if type(prepared) is not PreparedContext or type(a) is not Tensor or a.dim() != 3:
+        if torch.compiler.is_compiling() or type(prepared) is not PreparedContext or type(a) is not Tensor or a.dim() != 3:
             return False
         keys, weight = prepared.keys, getattr(self._modules["q_proj"], "weight", None)
         shape, made = a.shape, keys.shape
@@ -542,13 +542,14 @@ class CrossAttention(nn.Module):
             and isinstance(weight, Tensor)
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
-            and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(a.device.type)
             and self._is_fresh_cache(prepared)
         )
 
     def _is_plain_read_of_b(self, a: Tensor, prepared: PreparedContext) -> bool:
         """Whether a B that is kept as it is can be read in few steps: nothing stands beside the products or looks into them."""
+        if torch.compiler.is_compiling():  # first: a graph must not ask for lengths
+            return False
         plan, keys = prepared.plan, prepared.keys
         return (
             plan.scores == plan.values == "context"
@@ -563,7 +564,6 @@ class CrossAttention(nn.Module):
             and a.dtype in (torch.float32, torch.float64)
             and a.shape[1] > 0
             and keys.shape[2] > 0
-            and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(a.device.type)
             and not is_transformed()
         )
