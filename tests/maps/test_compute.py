@@ -80,3 +80,14 @@ def test_the_map_is_that_of_the_positions_that_are_given():
     assert_close(attention_map(layer, a, prepared, query_positions=places["query_positions"]), weights)
     with pytest.raises(ValueError, match="context_positions belongs to the prepared context"):
         attention_map(layer, a, prepared, context_positions=places["context_positions"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_the_weights_are_float32_numbers_that_sum_to_one(masked):
+    """As the layer takes them: only what is multiplied is rounded."""
+    mask = torch.randn(5, 7) if masked else None
+    for plan in CANDIDATES:
+        layer = CrossAttention(48, 32, heads=4, plan=plan)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            weights = attention_map(layer, torch.randn(2, 5, 48), torch.randn(2, 7, 32), attn_mask=mask)
+        assert weights.dtype == torch.float32 and (weights.sum(-1) - 1).abs().max() < 1e-5, plan

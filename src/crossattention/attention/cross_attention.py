@@ -19,7 +19,7 @@ from crossattention.attention import execute
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
-from crossattention.attention.products import is_transformed
+from crossattention.attention.products import is_traced, is_transformed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
@@ -566,6 +566,7 @@ class CrossAttention(nn.Module):
             and keys.shape[2] > 0
             and not torch.is_autocast_enabled(a.device.type)
             and not is_transformed()
+            and not is_traced()
         )
 
     def _meet(
@@ -614,7 +615,9 @@ class CrossAttention(nn.Module):
         """
         self._check_attendable(a, prepared)
         queries, mask = self._meet(a, prepared, attn_mask, query_positions)
-        weights = execute.explicit_weights(queries, prepared.keys, mask, self.scale)
+        queries, keys = execute.to_autocast_dtype(queries, prepared.keys)
+        with torch.autocast(a.device.type, enabled=False):  # as `attend` takes its scores
+            weights = execute.explicit_weights(queries, keys, mask, self.scale)
         weights = weights.expand(prepared.batch, -1, -1, -1)
         return weights.unflatten(2, (a.shape[1], a.shape[2])).transpose(1, 2) if a.dim() == 4 else weights
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.masks import ScoreMask
-from crossattention.attention.products import batched, is_transformed, project
+from crossattention.attention.products import batched, is_traced, is_transformed, project
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
 
@@ -52,8 +52,10 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     keys = _rounded(_by_head(keys_zmgk, weight), b)
     if layer.q_proj.bias is None:
         return keys, None
-    bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
-    key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
+    keys_zmgk = _unrounded(keys_zmgk)
+    with torch.autocast(b.device.type, enabled=False):  # an extra score, and scores are float32 numbers
+        bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
+        key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
     return keys, key_bias * layer.scale
 
 
@@ -150,16 +152,19 @@ def make_queries(layer: CrossAttention, space: str, a: Tensor, positions: Tensor
 
 
 def join_key_bias(queries: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries (z, 1, n, a) and keys (z, h, m, a or more) with one more column, in which one meets the extra score of each key.
+    """Queries (z, 1, n, a) and keys (z, h, m, a or more) with more columns, in which ones meet the extra score of each key.
 
-    Up to a multiple of 16 columns, so that rows stay aligned; the rest are zeros. Queries are A itself here, keys may have been
-    padded to the values' width.
+    In half precision the score is the sum of two columns: one alone would round what stays a float32 number elsewhere. Zeros fill
+    up to a multiple of 16 columns, so that rows stay aligned. Queries are A itself here, keys may have been padded to the values'
+    width.
     """
     width = queries.shape[-1]
-    more = 16 - width % 16
-    one = F.pad(queries.new_ones(1), (0, more - 1)).expand(*queries.shape[:-1], more)
-    column = F.pad(key_bias.to(keys.dtype).unsqueeze(-1), (0, more - 1))
-    return torch.cat((queries, one), -1), torch.cat((keys[..., :width], column), -1)
+    high = key_bias.to(keys.dtype)
+    columns = [high] if high.dtype == key_bias.dtype else [high, (key_bias - high).to(keys.dtype)]
+    more = len(columns) + -(width + len(columns)) % 16
+    ones = F.pad(queries.new_ones(len(columns)), (0, more - len(columns))).expand(*queries.shape[:-1], more)
+    column = F.pad(torch.stack(columns, -1), (0, more - len(columns)))
+    return torch.cat((queries, ones), -1), torch.cat((keys[..., :width], column), -1)
 
 
 def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
@@ -217,11 +222,15 @@ def attend_heads(
     Returns:
         (z, h, n, w), zero where nothing may be attended, and the row sums broadcastable to (z, h, n, 1), None where all are one.
     """
-    queries, keys, values = _to_autocast_dtype(queries, keys, values)
+    queries, keys, values = to_autocast_dtype(queries, keys, values)
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
     if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         if kernel == "fused" or torch.compiler.is_exporting():
-            out = _fused(queries, keys, values, mask, scale)
+            if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
+                with torch.autocast("cpu", enabled=False):
+                    out = _fused(queries, keys, values, mask, scale)
+            else:
+                out = _fused(queries, keys, values, mask, scale)
             return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out), mask.live
         if not is_transformed():
             with torch.autocast(queries.device.type, enabled=False):
@@ -259,7 +268,7 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
 
 def _is_for_no_gradient(queries: Tensor, keys: Tensor, mask: ScoreMask) -> bool:
     """Whether nothing will ask for the scores again: no backward pass, and no transform or graph that forbids writing in place."""
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed() or is_traced():
         return False
     read = (queries, keys) if mask.tensor is None else (queries, keys, mask.tensor)
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read))
@@ -406,7 +415,8 @@ def _unrounded(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast computes in, where it is on; doubles stay."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -480,20 +490,20 @@ def execute(
         wants_row_sums=plan.values == "context" and layer.v_proj.bias is not None,
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
-    return finish(layer, plan.values, read[..., :width], row_sums, _to_autocast_dtype(values)[0].dtype)
+    return finish(layer, plan.values, read[..., :width], row_sums, to_autocast_dtype(values)[0].dtype)
 
 
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
     z, n, _ = a.shape
-    projections = layer._modules
+    projections, width = layer._modules, layer.heads * layer.value_head_dim
     queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
     if n == 1:  # one row has the same layout by head as by position
         queries = queries.view(z, layer.heads, 1, layer.head_dim)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, -1)
+        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, width)
     else:
         queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, -1)
+        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, width)
     return project(projections["out_proj"], read)  # type: ignore[arg-type]
 
 
@@ -509,7 +519,7 @@ def attend_b_plainly(layer: CrossAttention, a: Tensor, b: Tensor, kernel: str) -
     k_weight: Tensor = projections["k_proj"].weight.view(heads, layer.head_dim, width)  # type: ignore[union-attr, operator]
     v_weight: Tensor = projections["v_proj"].weight.view(heads, layer.value_head_dim, width)  # type: ignore[union-attr, operator]
     v_bias: Tensor | None = projections["v_proj"].bias  # type: ignore[union-attr, assignment]
-    queries = project(projections["q_proj"], a).view(z * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
+    queries = project(projections["q_proj"], a).reshape(z * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
     rows = batched(queries, k_weight.transpose(1, 2)).view(heads, z, n, width).transpose(0, 1).reshape(z, heads * n, width)
     if kernel == "fused":
         keys = b.unsqueeze(1)
@@ -521,7 +531,7 @@ def attend_b_plainly(layer: CrossAttention, a: Tensor, b: Tensor, kernel: str) -
     values = batched(grouped, v_weight)
     if v_bias is not None:
         values += v_bias.view(heads, 1, -1)
-    return project(projections["out_proj"], values.transpose(0, 1).reshape(z, n, -1))  # type: ignore[arg-type]
+    return project(projections["out_proj"], values.transpose(0, 1).reshape(z, n, heads * layer.value_head_dim))  # type: ignore[arg-type]
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

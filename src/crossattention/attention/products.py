@@ -1,8 +1,9 @@
 """Matrix products by the machine's quickest exact library: what projections and the blocked kernel are made of.
 
-On x86 processors torch multiplies float32 matrices with MKL. On those of AMD, MKL reaches about half of what oneDNN does, which
-torch also ships but calls for half precision only (dev/LOG.md, 2026-11-23). Large float32 products therefore go to oneDNN where the
-active `Speeds` say that it is worth its launch; everything else, and everything that a transform looks into, is `F.linear`.
+On x86 processors torch multiplies float32 matrices with MKL. On those of AMD, MKL reaches half (Zen 5) to nine tenths (Zen 4) of
+what oneDNN does, which torch also ships but calls for half precision only (dev/LOG.md, 2026-11-23 and 25). Large float32 products
+therefore go to oneDNN where the active `Speeds` say that it is worth its launch; everything else, and everything that a transform
+looks into, is `F.linear`.
 
 Legend: rows, inner, columns: (rows, inner) times (columns, inner) transposed gives (rows, columns).
 """
@@ -55,7 +56,7 @@ def batched(x: Tensor, weights: Tensor) -> Tensor:
     """
     if x.shape[0] == 1:
         return linear(x[0], weights[0]).unsqueeze(0)
-    if not torch.compiler.is_compiling() and _is_quick(x[0], weights[0]):
+    if not torch.compiler.is_compiling() and x.shape[0] and _is_quick(x[0], weights[0]):
         return torch.stack([linear(one, weight) for one, weight in zip(x.unbind(), weights.unbind(), strict=True)])
     return torch.bmm(x, weights.transpose(1, 2))
 
@@ -99,7 +100,7 @@ def _is_quick(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not is_traced()
     )
 
 
@@ -120,6 +121,11 @@ def _is_quick_in_graphs(weight: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether vmap, functorch's or forward-mode derivatives look into what is computed: they know torch's own operators."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` or an exporter built on it looks on: it loses what is written in place through a view."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

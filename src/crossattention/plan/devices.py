@@ -147,8 +147,8 @@ _ZEN4 = Speeds(
     block_seconds=1.88e-4,
 )
 
-# The fifth generation (Zen 5: 512 bits): what oneDNN and exponentials reach was measured there, 2026-11-23; torch's other products
-# are MKL's, which run as on the fourth, and the rest is carried over from it.
+# The fifth generation (Zen 5: 512 bits). Measured there, 2026-11-23: what oneDNN and the fused kernel's exponentials reach; torch's
+# other products are MKL's, which were as fast as on the fourth. The rest is the fourth's, and nothing has been fitted there since.
 _ZEN5 = replace(_ZEN4, quick_flops=4.2e11, fused_exponentials=3.17e9)
 
 _ZEN4_BF16 = Speeds(
@@ -275,17 +275,18 @@ def built_in(device: str, dtype: str) -> Speeds:
     return replace(_ZEN4, is_measured=False, quick_from=math.inf)
 
 
-# Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): products, the fused kernel and
-# softmax measured, the rest as on Zen 4.
+# Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): where oneDNN begins to win and what it reaches,
+# softmax, and in bfloat16 products and the fused kernel were measured; the rest is as on Zen 4.
 _AVX2 = replace(_ZEN4, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9)
 _AVX2_BF16 = replace(_ZEN4_BF16, matmul_flops=4.7e10, batched_flops=4.7e10, fused_flops=4e10, softmax=2.6e9)
 
 
 def _by_dtype(float32: Speeds, bfloat16: Speeds) -> dict[str, Speeds]:
-    """All dtypes of a processor: doubles at half the rate of floats; float16, which has no instructions of its own, unmeasured."""
-    halved = {name: getattr(float32, name) / 2 for name in ("matmul_flops", "batched_flops", "fused_flops")}
-    doubles = replace(float32, quick_from=math.inf, **halved)
-    float16 = replace(bfloat16, is_measured=False, **halved)
+    """All dtypes of a processor. Nobody measured doubles, at half the rate of floats, or float16, which has no instructions here."""
+    products = min(float32.matmul_flops, float32.quick_flops) / 2
+    slow = {"matmul_flops": products, "batched_flops": float32.batched_flops / 2, "fused_flops": float32.fused_flops / 2}
+    doubles = replace(float32, is_measured=False, quick_from=math.inf, **slow)
+    float16 = replace(bfloat16, is_measured=False, **slow)
     return {"float32": float32, "float64": doubles, "bfloat16": bfloat16, "float16": float16}
 
 
