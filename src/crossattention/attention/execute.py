@@ -217,7 +217,7 @@ def attend_heads(
     Returns:
         (z, h, n, w), zero where nothing may be attended, and the row sums broadcastable to (z, h, n, 1), None where all are one.
     """
-    queries, keys, values = _to_autocast_dtype(queries, keys, values)
+    queries, keys, values = to_autocast_dtype(queries, keys, values)
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
     if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         if kernel == "fused" or torch.compiler.is_exporting():
@@ -406,7 +406,8 @@ def _unrounded(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast where it is on; float64 stays."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -480,7 +481,7 @@ def execute(
         wants_row_sums=plan.values == "context" and layer.v_proj.bias is not None,
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
-    return finish(layer, plan.values, read[..., :width], row_sums, _to_autocast_dtype(values)[0].dtype)
+    return finish(layer, plan.values, read[..., :width], row_sums, to_autocast_dtype(values)[0].dtype)
 
 
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
