@@ -1,4 +1,4 @@
-"""Summaries equal those of the full map, for every plan, mask, way of passing queries and way of cutting; without ever holding it."""
+"""Summaries equal those of the full map, for every plan, mask, way of passing queries and way of cutting, and never hold it."""
 
 import itertools
 

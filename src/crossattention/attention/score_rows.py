@@ -1,7 +1,7 @@
 """The weights of one call in parts: those of any items, repeats, heads and queries, made when they are asked for.
 
-The scores are the executor's own, so what maps show cannot drift from what the layer computes. What is held between parts grows with
-n and with m, never with n x m: masks and score biases are cut before they are combined.
+The scores are the executor's own, so what maps show cannot drift from what the layer computes. What is held between parts grows
+with n and with m, never with n x m: masks and score biases are cut before they are combined.
 
 Legend: z batch, r repeats on one context, h heads, g key-value heads, n queries, m context length, c width in which scores meet,
 rows = repeats x queries.

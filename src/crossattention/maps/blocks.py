@@ -26,8 +26,8 @@ class Block:
     """Some whole rows of a map: with `whole` what `attention_map` gives without summaries, `whole[block.place]` is `weights`.
 
     Args:
-        weights: (items, heads, queries, m), or (items, repeats, heads, queries, m) where queries came as (z, r, n, a); without heads
-            for a summary whose `heads` is "mean". Other summaries read it too, so it is not to be changed.
+        weights: (items, heads, queries, m), or (items, repeats, heads, queries, m) where queries came as (z, r, n, a); without
+            heads for a summary whose `heads` is "mean". Other summaries read it too, so it is not to be changed.
         place: where these rows stand: a slice for each dimension but the last.
         shape: of the whole map, (z, h, n, m), (z, r, h, n, m), or these without h.
         context_mask: bool (items, m), True = may be attended; None if all may.
@@ -78,7 +78,7 @@ def _cuts(rows: ScoreRows) -> tuple[list[slice], list[slice], list[slice], list[
     """Slices of items, repeats, heads and queries, whose products are the blocks."""
     z, r, h, n, m = rows.sizes
     share = h // rows.key_heads
-    # Where heads have keys of their own, these count like scores: few rows would otherwise bring the keys of all heads into a block.
+    # Where heads have keys of their own, these count like scores: few rows would otherwise bring the keys of all heads at once.
     width = rows.key_width if rows.key_heads > 1 else 1
     a_head = max(1, r * n, width) * max(1, m)
     if BLOCK_SCORES >= h * a_head:

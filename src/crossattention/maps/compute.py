@@ -74,8 +74,8 @@ def attention_map(
         context_positions: integers (m,) or (z, m), likewise; only with a raw context.
 
     Returns:
-        Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be attended.
-        With summaries a list with the result of each, without gradients. Never with dropout.
+        Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be
+        attended. With summaries a list with the result of each, without gradients. Never with dropout.
 
     Raises:
         ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
@@ -104,13 +104,13 @@ def attention_map(
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
-    asked = {"attn_mask": attn_mask, "query_positions": query_positions}
     of_context = {"context_mask": context_mask, "context_positions": context_positions}
+    of_queries = {"attn_mask": attn_mask, "query_positions": query_positions}
     if summaries is not None:
         with torch.no_grad():
-            return summarise(layer.score_rows(a, b, **asked, **of_context), summaries)
-    prepared = b if isinstance(b, PreparedContext) else layer.prepare(b, **of_context, query_length=a.shape[-2], uses=1)
-    return layer.score_map(a, prepared, **asked)
+            return summarise(layer.score_rows(a, b, **of_context, **of_queries), summaries)
+    prepared = b if isinstance(b, PreparedContext) else layer.prepare(b, query_length=a.shape[-2], uses=1, **of_context)
+    return layer.score_map(a, prepared, **of_queries)
 
 
 def summarise(rows: ScoreRows, summaries: Sequence[Summary]) -> list[Any]:

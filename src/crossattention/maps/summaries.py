@@ -1,8 +1,8 @@
 """What is kept of a map that is never held whole: a few numbers of each row, or of each column.
 
-A summary is any object with `update(block)`, called with blocks of whole rows until all rows were seen, and `result()`. If it has an
-attribute `heads = "mean"`, its blocks are of the mean over heads. `attention_map` works on a copy, so that one summary can be asked for
-any number of times.
+A summary is any object with `update(block)`, called with blocks of whole rows until all rows were seen, and `result()`. If it has
+an attribute `heads = "mean"`, its blocks are of the mean over heads. `attention_map` works on a copy, so that one summary can be
+asked for any number of times.
 
 Legend: z batch, r repeats on one context, h heads, n queries, m context positions. Results have an r after z where queries came as
 (z, r, n, a), and no h where `heads` is "mean".
@@ -208,9 +208,9 @@ class Argmax:
 class Alignment:
     """Which positions of B belong to which query if both run in the same order: dynamic time warping over the weights.
 
-    Of all paths from the first query and position to the last by steps of one query, one position, or one of both, the one along which
-    the sum of 1 - weight is least; of several such, one of them. It gives each query one position or several neighbours, and leaves
-    none out. For sequences of which one tells the other: letters and phonemes, words and sound.
+    Of all paths from the first query and position to the last by steps of one query, one position, or one of both, the one along
+    which the sum of 1 - weight is least; of several such, one of them. It gives each query one position or several neighbours, and
+    leaves none out. For sequences of which one tells the other: letters and phonemes, words and sound.
 
     Positions that `context_mask` forbids are left out of the path. Queries are all in it: pass only the real ones.
 

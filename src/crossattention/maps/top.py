@@ -1,7 +1,7 @@
 """The k largest of long rows, exactly, equal ones by lowest index: by the maxima of blocks of columns where rows are long.
 
-Each of the k largest stands in one of the k blocks whose maxima are the largest: were it in another, each of these k blocks would hold
-a number that comes before it. So a long row is read once, for the maxima, and only k blocks of it are searched.
+Each of the k largest stands in one of the k blocks whose maxima are the largest: were it in another, each of these k blocks would
+hold a number that comes before it. So a long row is read once, for the maxima, and only k blocks of it are searched.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ class Paths:
 
     D[i, j] = 1 - w[i, j] + min(D[i-1, j-1], D[i-1, j], D[i, j-1])
 
-    Within a row, the chain of minima from the left has a closed form: with C the running sum of the row's costs and E the better of the
-    two cells above, D[j] = C[j] + (running minimum of E[j] - C[j-1]). Of each cell two bits are kept: whether the best path to it
-    enters the row there, and whether it would enter by the diagonal; equal costs go by the diagonal.
+    Within a row, the chain of minima from the left has a closed form: with C the running sum of the row's costs and E the better of
+    the two cells above, D[j] = C[j] + (running minimum of E[j] - C[j-1]). Of each cell two bits are kept: whether the best path to
+    it enters the row there, and whether it would enter by the diagonal; equal costs go by the diagonal.
 
     Args:
         shape: (..., n, m) of all maps.
