@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from typing import Literal, TypeVar
@@ -638,12 +639,15 @@ class CrossAttention(nn.Module):
         attn_mask: Tensor | None = None,
         query_positions: Tensor | None = None,
         context_positions: Tensor | None = None,
+        takes_heads_in_turn: bool = False,
     ) -> ScoreRows:
         """The same weights as rows that are made when they are asked for; of a raw context, no values are made.
 
         `crossattention.attention_map` with summaries is the public way here. A context mask and context positions belong to a raw
-        context.
+        context. If heads are taken in turn, all rows of some before those of others, their keys are made when their turn comes,
+        unless a part or another module than `nn.Linear` makes them.
         """
+        makes_keys_late = False
         if isinstance(b, PreparedContext):
             prepared = b
             self._check_attendable(a, prepared)
@@ -653,14 +657,19 @@ class CrossAttention(nn.Module):
             self._check_shapes(tuple(a.shape), tuple(b.shape))
             self._check_tensor("queries", a)
             plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1, shares_queries=a.dim() == 2)
-            prepared = self._prepare(b, context_mask, context_positions, plan, stamped=False, only_keys=True)
+            has_parts = self.positions is not None or self.qk_norm is not None
+            is_plain = plan.scores == "head" and not has_parts and execute.linear_reason(self.k_proj, "k_proj") is None
+            makes_keys_late = takes_heads_in_turn and is_plain
+            kept = Plan("context", "context") if makes_keys_late else plan
+            prepared = self._prepare(b, context_mask, context_positions, kept, stamped=False, only_keys=True)
+            prepared = replace(prepared, plan=plan)
         if attn_mask is not None:
             self._check_attn_mask(a, prepared, attn_mask)
         queries, projected, positions = self._ask(a, prepared, query_positions)
         if self.positions is None or not self.positions.reads_queries:
             projected = None
         repeats = a.shape[1] if a.dim() == 4 else None
-        return ScoreRows(self, prepared, queries, projected, positions, attn_mask, repeats, a.shape[-2])
+        return ScoreRows(self, prepared, queries, projected, positions, attn_mask, repeats, a.shape[-2], makes_keys=makes_keys_late)
 
     # -------------------------------------------------------------------------------------------------- border
 

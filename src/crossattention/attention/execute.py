@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.masks import ScoreMask
-from crossattention.attention.products import batched, is_transformed, project
+from crossattention.attention.products import batched, is_transformed, linear, project
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
 
@@ -55,6 +55,13 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
     key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
     return keys, key_bias * layer.scale
+
+
+def make_some_keys(layer: CrossAttention, b: Tensor, groups: slice) -> Tensor:
+    """Keys (z, groups, m, k) of some key-value heads, as the "head" space has them where no part stands behind the projection."""
+    rows = slice(groups.start * layer.head_dim, groups.stop * layer.head_dim)
+    bias = None if layer.k_proj.bias is None else layer.k_proj.bias[rows]
+    return split_heads(linear(b, layer.k_proj.weight[rows], bias), groups.stop - groups.start).transpose(1, 2)
 
 
 def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:

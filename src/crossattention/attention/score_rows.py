@@ -34,6 +34,7 @@ class ScoreRows:
         attn_mask: bool or floating, broadcastable to (z, h, n, m), or (z, r, h, n, m).
         repeats: r where queries came as (z, r, n, a), else None.
         length: n.
+        makes_keys: whether the keys of `prepared` are B itself, of which each head's keys are made when they are asked for.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class ScoreRows:
         attn_mask: Tensor | None,
         repeats: int | None,
         length: int,
+        *,
+        makes_keys: bool = False,
     ) -> None:
         self._layer, self._prepared, self.repeats, self._length = layer, prepared, repeats, length
         self._mask_dtype = queries.dtype
         self._queries, self._keys = execute.to_autocast_dtype(queries, prepared.keys)
-        self._projected, self._positions = projected, positions
+        self._projected, self._positions, self._makes_keys = projected, positions, makes_keys
         self._attn_mask = None
         if attn_mask is not None:
             self._attn_mask = attn_mask.reshape((1,) * (len(self.shape) - attn_mask.dim()) + tuple(attn_mask.shape))
@@ -71,12 +74,12 @@ class ScoreRows:
     @property
     def key_heads(self) -> int:
         """Number of heads that the keys have."""
-        return self._keys.shape[1]
+        return self._layer.kv_heads if self._makes_keys else self._keys.shape[1]
 
     @property
     def key_width(self) -> int:
         """Width in which scores meet."""
-        return self._keys.shape[3]
+        return self._layer.head_dim if self._makes_keys else self._keys.shape[3]
 
     @property
     def makes_all_heads(self) -> bool:
@@ -107,8 +110,8 @@ class ScoreRows:
         else:
             some = _part(self._queries, items, heads, rows)
             mask = self._mask(items, repeats, heads, queries, rows)
+            keys = self._keys_of(items, heads, is_read_again=r * n < self._queries.shape[2])
             with torch.autocast(some.device.type, enabled=False):
-                keys = self._keys_of(items, heads, is_read_again=r * n < self._queries.shape[2])
                 weights = execute.explicit_weights(some, keys, mask, self._layer.scale)
             weights = weights.expand(count, -1, -1, -1)
         return weights if self.repeats is None else weights.unflatten(2, (r, n)).transpose(1, 2)
@@ -117,12 +120,15 @@ class ScoreRows:
         """The keys that some heads read; one head's are laid out whole, once, where other rows will follow."""
         share = self._layer.heads // self.key_heads
         groups = slice(heads.start // share, (heads.stop - 1) // share + 1)
-        keys = self._keys[items, groups]
-        if not is_read_again or keys.shape[1] > 1:
-            return keys
-        asked = (items.start, items.stop, groups.start)
+        if not self._makes_keys and (not is_read_again or groups.stop - groups.start > 1):
+            return self._keys[items, groups]
+        asked = (items.start, items.stop, groups.start, groups.stop)
         if self._last_keys is None or self._last_keys[0] != asked:
             self._last_keys = None  # before the next is made, so that two are never held
+            if self._makes_keys:
+                keys = execute.make_some_keys(self._layer, self._keys[items, 0], groups)
+            else:
+                keys = self._keys[items, groups]
             dtype = torch.float32 if keys.dtype in (torch.bfloat16, torch.float16) else keys.dtype
             self._last_keys = asked, keys.to(dtype).contiguous()
         return self._last_keys[1]

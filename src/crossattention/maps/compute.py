@@ -83,7 +83,8 @@ def attention_map(
         TypeError: `layer` is no CrossAttention, a mask of a wrong dtype, or something that is no summary.
 
     Cost: without summaries, the whole z h n m matrix in memory. With them, some blocks of 2^21 scores, or of one row where that is
-        longer, beside what the summaries keep; of a raw context its keys are made, no values.
+        longer, beside what the summaries keep. Of a raw context keys are made, no values; one head after the other where no summary
+        is of the mean.
 
     Example:
         >>> import torch
@@ -108,7 +109,8 @@ def attention_map(
     of_queries = {"attn_mask": attn_mask, "query_positions": query_positions}
     if summaries is not None:
         with torch.no_grad():
-            return summarise(layer.score_rows(a, b, **of_context, **of_queries), summaries)
+            in_turn = all(_heads_of(summary) == "each" for summary in summaries)  # the order that `blocks_of` then takes
+            return summarise(layer.score_rows(a, b, **of_context, **of_queries, takes_heads_in_turn=in_turn), summaries)
     prepared = b if isinstance(b, PreparedContext) else layer.prepare(b, query_length=a.shape[-2], uses=1, **of_context)
     return layer.score_map(a, prepared, **of_queries)
 
@@ -118,12 +120,16 @@ def summarise(rows: ScoreRows, summaries: Sequence[Summary]) -> list[Any]:
     working = [copy.deepcopy(summary) for summary in summaries]
     kinds: dict[Heads, list[Summary]] = {}
     for summary in working:
-        kinds.setdefault(getattr(summary, "heads", "each"), []).append(summary)
+        kinds.setdefault(_heads_of(summary), []).append(summary)
     for kind, block in blocks_of(rows, kinds):
         for summary in kinds[kind]:
             summary.update(block)
         del block  # before the next is made, so that two are never held
     return [summary.result() for summary in working]
+
+
+def _heads_of(summary: Summary) -> Heads:
+    return getattr(summary, "heads", "each")
 
 
 def _check_summaries(summaries: Sequence[Summary]) -> None:
@@ -144,6 +150,6 @@ def _check_summaries(summaries: Sequence[Summary]) -> None:
                 f"a summary has update(block) and result(), but {type(summary).__name__} has no {' and no '.join(missing)}; "
                 "those of this library are in crossattention.maps"
             )
-        heads = getattr(summary, "heads", "each")
+        heads = _heads_of(summary)
         if heads not in get_args(Heads):
             raise ValueError(f'the heads of a summary must be "each" or "mean", got {heads!r} from {type(summary).__name__}')
