@@ -14,7 +14,7 @@ from crossattention.plan import CANDIDATES, Plan
 from oracle import MASKS, A, B, H, K, M, N, Z, make_inputs, make_layer, make_masks, specification
 from tolerances import assert_close
 
-BLOCKS = (1 << 21, 150, 40, 7)  # everything, an item, some rows of a head, one row
+BLOCKS = (blocks.BLOCK_SCORES, 150, 40, 7)  # everything, an item, some rows of a head, one row
 KEPT = (3, -5, 3)
 ASKED = [kind(heads=heads) for kind in (Highlight, Entropy, Argmax, Alignment) for heads in ("each", "mean")]
 ASKED += [kind(what, heads=heads) for kind, what in ((TopK, 3), (Rows, KEPT)) for heads in ("each", "mean")]
@@ -155,7 +155,7 @@ def test_single_and_half_precision(monkeypatch, plan, dtype):
     layer = make_layer(plan, dtype=dtype)
     full = attention_map(layer, a, b).detach()
     assert full.dtype == torch.float32
-    for scores in (1 << 21, 1000):
+    for scores in (blocks.BLOCK_SCORES, 1000):
         cut(monkeypatch, scores)
         for asked in (ASKED, EACH):
             check(attention_map(layer, a, b, asked), full, tolerance=1e-6)
