@@ -15,8 +15,8 @@ from torch import Tensor
 from crossattention.attention.score_rows import ScoreRows
 
 BLOCK_SCORES = 3 << 19
-"""Most scores of one block, unless a single row has more: 6 MB in float32. On 512 x 50,176 x 8 heads, 2^20 took a quarter longer, as
-keys are read once for each block; 2^21 and more were up to a fifth quicker and took up to half as much memory again."""
+"""Most scores of one block, unless a single row has more: 6 MB in float32. On 512 x 50,176 x 8 heads, 2^20 took a quarter longer,
+as keys are read once for each block; 2^21 and more were up to a fifth quicker and took more memory (dev/LOG.md)."""
 
 Heads = Literal["each", "mean"]
 

@@ -82,9 +82,9 @@ def attention_map(
             list of summaries.
         TypeError: `layer` is no CrossAttention, a mask of a wrong dtype, or something that is no summary.
 
-    Cost: without summaries, the whole z h n m matrix in memory. With them, some blocks of 1.5 million scores, or of one row where that is
-        longer, beside what the summaries keep. Of a raw context keys are made, no values; one head after the other where no summary
-        is of the mean.
+    Cost: without summaries, the whole z h n m matrix in memory. With them, a block of 1.5 million scores, or of one row where that
+        is longer, the keys of a head, and what the summaries keep. Of a raw context keys are made, no values; one head after the
+        other where no summary is of the mean.
 
     Example:
         >>> import torch
