@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from typing import Literal, TypeVar
@@ -20,6 +21,7 @@ from crossattention.attention.masks import ScoreMask, check_attn_mask, check_con
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
 from crossattention.attention.products import is_traced, is_transformed
+from crossattention.attention.score_rows import ScoreRows
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
@@ -476,13 +478,14 @@ class CrossAttention(nn.Module):
         *,
         stamped: bool,
         uses: int = 1,
+        only_keys: bool = False,
     ) -> PreparedContext:
         self._check_tensor("context", b)
         if context_mask is not None:
             check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
         positions = self._positions_of("context_positions", positions, b.shape[0], b.shape[1], b.device)
         keys, key_bias = execute.make_keys(self, plan.scores, b, positions)
-        if plan.scores == plan.values == "context":
+        if only_keys or plan.scores == plan.values == "context":
             values = keys
         else:
             values = execute.make_values(self, plan.values, b)
@@ -579,27 +582,36 @@ class CrossAttention(nn.Module):
         adds_key_bias: bool = True,
     ) -> tuple[Tensor, ScoreMask]:
         """The queries in the plan's meeting space, repeats laid into the length, and the one mask of all scores."""
-        z, m, n = prepared.batch, prepared.context_length, a.shape[-2]
-        repeats = a.shape[1] if a.dim() == 4 else None
         if attn_mask is not None:
-            target = (z, self.heads, n, m) if repeats is None else (z, repeats, self.heads, n, m)
-            check_attn_mask(attn_mask, target, a.device)
-            if repeats is not None:
-                attn_mask = fold_repeats(attn_mask, repeats, n)
-        positions = self._positions_of("query_positions", query_positions, z, n, a.device)
-        if repeats is not None:
-            a = a.flatten(1, 2)
-            positions = None if positions is None else positions.repeat(*(1,) * (positions.dim() - 1), repeats)
-        elif a.dim() == 2:
-            a = a.unsqueeze(0)
-        queries, projected = execute.make_queries(self, prepared.plan.scores, a, positions)
+            self._check_attn_mask(a, prepared, attn_mask)
+            if a.dim() == 4:
+                attn_mask = fold_repeats(attn_mask, a.shape[1], a.shape[2])
+        queries, projected, positions = self._ask(a, prepared, query_positions)
         bias = prepared.key_bias.unsqueeze(2) if prepared.key_bias is not None and adds_key_bias else None
         if self.positions is not None and self.positions.adds_to_scores:
             assert positions is not None and prepared.positions is not None
             read = projected if self.positions.reads_queries else None
             added = self.positions.score_bias(read, positions, prepared.positions, self.scale)
             bias = added if bias is None else bias + added
-        return queries, combine_masks(prepared.mask, attn_mask, bias, m, queries.dtype, queries.device)
+        return queries, combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype, queries.device)
+
+    def _ask(
+        self, a: Tensor, prepared: PreparedContext, query_positions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries in the plan's meeting space, projected queries where a part reads them, and positions; repeats in the length."""
+        positions = self._positions_of("query_positions", query_positions, prepared.batch, a.shape[-2], a.device)
+        if a.dim() == 4:
+            repeats = a.shape[1]
+            a = a.flatten(1, 2)
+            positions = None if positions is None else positions.repeat(*(1,) * (positions.dim() - 1), repeats)
+        elif a.dim() == 2:
+            a = a.unsqueeze(0)
+        return *execute.make_queries(self, prepared.plan.scores, a, positions), positions
+
+    def _check_attn_mask(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor) -> None:
+        repeats = () if a.dim() != 4 else (a.shape[1],)
+        target = (prepared.batch, *repeats, self.heads, a.shape[-2], prepared.context_length)
+        check_attn_mask(attn_mask, target, a.device)
 
     def score_map(
         self,
@@ -620,6 +632,47 @@ class CrossAttention(nn.Module):
             weights = execute.explicit_weights(queries, keys, mask, self.scale)
         weights = weights.expand(prepared.batch, -1, -1, -1)
         return weights.unflatten(2, (a.shape[1], a.shape[2])).transpose(1, 2) if a.dim() == 4 else weights
+
+    def score_rows(
+        self,
+        a: Tensor,
+        b: Tensor | PreparedContext,
+        *,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        takes_heads_in_turn: bool = False,
+    ) -> ScoreRows:
+        """The same weights as rows that are made when they are asked for; of a raw context, no values are made.
+
+        `crossattention.attention_map` with summaries is the public way here. A context mask and context positions belong to a raw
+        context. If heads are taken in turn, all rows of some before those of others, their keys are made when their turn comes,
+        unless a part or another module than `nn.Linear` makes them.
+        """
+        makes_keys_late = False
+        if isinstance(b, PreparedContext):
+            prepared = b
+            self._check_attendable(a, prepared)
+        else:
+            check_is_tensor("queries", a)
+            check_is_tensor("context", b)
+            self._check_shapes(tuple(a.shape), tuple(b.shape))
+            self._check_tensor("queries", a)
+            plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1, shares_queries=a.dim() == 2)
+            has_parts = self.positions is not None or self.qk_norm is not None
+            is_plain = plan.scores == "head" and not has_parts and execute.linear_reason(self.k_proj, "k_proj") is None
+            makes_keys_late = takes_heads_in_turn and is_plain
+            kept = Plan("context", "context") if makes_keys_late else plan
+            prepared = self._prepare(b, context_mask, context_positions, kept, stamped=False, only_keys=True)
+            prepared = replace(prepared, plan=plan)
+        if attn_mask is not None:
+            self._check_attn_mask(a, prepared, attn_mask)
+        queries, projected, positions = self._ask(a, prepared, query_positions)
+        if self.positions is None or not self.positions.reads_queries:
+            projected = None
+        repeats = a.shape[1] if a.dim() == 4 else None
+        return ScoreRows(self, prepared, queries, projected, positions, attn_mask, repeats, a.shape[-2], makes_keys=makes_keys_late)
 
     # -------------------------------------------------------------------------------------------------- border
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.masks import ScoreMask
-from crossattention.attention.products import batched, is_traced, is_transformed, project
+from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
 
@@ -57,6 +57,13 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
         bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
         key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
     return keys, key_bias * layer.scale
+
+
+def make_some_keys(layer: CrossAttention, b: Tensor, groups: slice) -> Tensor:
+    """Keys (z, groups, m, k) of some key-value heads, as the "head" space has them where no part stands behind the projection."""
+    rows = slice(groups.start * layer.head_dim, groups.stop * layer.head_dim)
+    bias = None if layer.k_proj.bias is None else layer.k_proj.bias[rows]
+    return split_heads(linear(b, layer.k_proj.weight[rows], bias), groups.stop - groups.start).transpose(1, 2)
 
 
 def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:
@@ -416,7 +423,7 @@ def _unrounded(tensor: Tensor) -> Tensor:
 
 
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast computes in, where it is on; doubles stay."""
+    """The tensors in the dtype of autocast where it is on; float64 stays."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

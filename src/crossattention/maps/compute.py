@@ -5,22 +5,59 @@ Legend: z batch, r repeats on one context, h heads, n queries, m context positio
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from typing import Any, get_args, overload
+
+import torch
 from torch import Tensor
 
 from crossattention.attention import CrossAttention, PreparedContext
+from crossattention.attention.score_rows import ScoreRows
+from crossattention.maps.blocks import Heads, blocks_of
+from crossattention.maps.summaries import Summary
+
+
+@overload
+def attention_map(
+    layer: CrossAttention,
+    a: Tensor,
+    b: Tensor | PreparedContext,
+    summaries: None = None,
+    *,
+    context_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    context_positions: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention_map(
+    layer: CrossAttention,
+    a: Tensor,
+    b: Tensor | PreparedContext,
+    summaries: Sequence[Summary],
+    *,
+    context_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    context_positions: Tensor | None = None,
+) -> list[Any]: ...
 
 
 def attention_map(
     layer: CrossAttention,
     a: Tensor,
     b: Tensor | PreparedContext,
+    summaries: Sequence[Summary] | None = None,
     *,
     context_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     query_positions: Tensor | None = None,
     context_positions: Tensor | None = None,
-) -> Tensor:
-    """The weights with which every query reads every context position.
+) -> Tensor | list[Any]:
+    """The weights with which every query reads every context position, or summaries of them.
 
     weights[z, h, n, m] = softmax over m of (A Wq + bq)(B Wk + bk)^T scale, zero in rows that may attend nothing
 
@@ -28,32 +65,91 @@ def attention_map(
         layer: the layer whose weights are asked for.
         a: queries (z, n, a), learned queries (n, a), or (z, r, n, a).
         b: context (z, m, b), or what `layer.prepare` made of it; its plan's scores are then used.
+        summaries: what to keep in the place of the weights: `TopK`, `Highlight`, `Entropy`, `Argmax`, `Alignment`, `Rows` of
+            `crossattention.maps`, or objects of your own with `update(block)` and `result()`. Each works on a copy, so that the
+            objects that are passed stay as they are.
         context_mask: bool (z, m), True = may be attended; only with a raw context.
         attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
         query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
         context_positions: integers (m,) or (z, m), likewise; only with a raw context.
 
     Returns:
-        (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be attended. Without dropout.
+        Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be
+        attended. With summaries a list with the result of each, without gradients. Never with dropout.
 
     Raises:
-        ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context.
-        TypeError: `layer` is no CrossAttention, or a mask of a wrong dtype.
+        ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
+            list of summaries.
+        TypeError: `layer` is no CrossAttention, a mask of a wrong dtype, or something that is no summary.
 
-    Cost: the whole z h n m matrix in memory.
+    Cost: without summaries, the whole z h n m matrix in memory. With them, a block of 1.5 million scores, or of one row where that
+        is longer, the keys of a head, and what the summaries keep. Of a raw context keys are made, no values; one head after the
+        other where no summary is of the mean.
 
     Example:
         >>> import torch
+        >>> from crossattention.maps import Highlight
         >>> layer = CrossAttention(48, 32, heads=4)
-        >>> attention_map(layer, torch.randn(2, 5, 48), torch.randn(2, 7, 32)).shape
+        >>> a, b = torch.randn(2, 5, 48), torch.randn(2, 7, 32)
+        >>> attention_map(layer, a, b).shape
         torch.Size([2, 4, 5, 7])
+        >>> [mass] = attention_map(layer, a, b, [Highlight()])
+        >>> mass.shape
+        torch.Size([2, 4, 7])
     """
     if not isinstance(layer, CrossAttention):
         raise TypeError(f"attention_map expects a CrossAttention, got {type(layer).__name__}")
+    if summaries is not None:
+        _check_summaries(summaries)
     if isinstance(b, PreparedContext):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
-        return layer.score_map(a, b, attn_mask=attn_mask, query_positions=query_positions)
-    prepared = layer.prepare(b, context_mask=context_mask, context_positions=context_positions, query_length=a.shape[-2], uses=1)
-    return layer.score_map(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+    of_context = {"context_mask": context_mask, "context_positions": context_positions}
+    of_queries = {"attn_mask": attn_mask, "query_positions": query_positions}
+    if summaries is not None:
+        with torch.no_grad():
+            in_turn = all(_heads_of(summary) == "each" for summary in summaries)  # the order that `blocks_of` then takes
+            return summarise(layer.score_rows(a, b, **of_context, **of_queries, takes_heads_in_turn=in_turn), summaries)
+    prepared = b if isinstance(b, PreparedContext) else layer.prepare(b, query_length=a.shape[-2], uses=1, **of_context)
+    return layer.score_map(a, prepared, **of_queries)
+
+
+def summarise(rows: ScoreRows, summaries: Sequence[Summary]) -> list[Any]:
+    """The result of each summary over all rows."""
+    working = [copy.deepcopy(summary) for summary in summaries]
+    kinds: dict[Heads, list[Summary]] = {}
+    for summary in working:
+        kinds.setdefault(_heads_of(summary), []).append(summary)
+    for kind, block in blocks_of(rows, kinds):
+        for summary in kinds[kind]:
+            summary.update(block)
+        del block  # before the next is made, so that two are never held
+    return [summary.result() for summary in working]
+
+
+def _heads_of(summary: Summary) -> Heads:
+    return getattr(summary, "heads", "each")
+
+
+def _check_summaries(summaries: Sequence[Summary]) -> None:
+    if isinstance(summaries, Tensor):
+        raise TypeError("summaries must be a list such as [TopK(8), Highlight()], got a Tensor; masks are passed by name")
+    if not isinstance(summaries, Sequence):
+        raise TypeError(
+            f"summaries must be a list such as [TopK(8), Highlight()], got {type(summaries).__name__}; put it in a list"
+        )
+    if not summaries:
+        raise ValueError("summaries is empty; name what to keep, as [TopK(8)], or leave it out to get the whole weights")
+    for summary in summaries:
+        if isinstance(summary, type):
+            raise TypeError(f"summaries holds the class {summary.__name__}; make one of it, as [TopK(8), Highlight()]")
+        missing = [name for name in ("update", "result") if not callable(getattr(summary, name, None))]
+        if missing:
+            raise TypeError(
+                f"a summary has update(block) and result(), but {type(summary).__name__} has no {' and no '.join(missing)}; "
+                "those of this library are in crossattention.maps"
+            )
+        heads = _heads_of(summary)
+        if heads not in get_args(Heads):
+            raise ValueError(f'the heads of a summary must be "each" or "mean", got {heads!r} from {type(summary).__name__}')

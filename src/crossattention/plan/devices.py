@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 
@@ -275,18 +275,18 @@ def built_in(device: str, dtype: str) -> Speeds:
     return replace(_ZEN4, is_measured=False, quick_from=math.inf)
 
 
-# Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): where oneDNN begins to win and what it reaches,
-# softmax, and in bfloat16 products and the fused kernel were measured; the rest is as on Zen 4.
+# Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): where oneDNN begins to win, what it
+# reaches, softmax, and in bfloat16 products and the fused kernel were measured; the rest is as on Zen 4.
 _AVX2 = replace(_ZEN4, quick_from=1e8, quick_flops=2.2e11, softmax=2.6e9)
 _AVX2_BF16 = replace(_ZEN4_BF16, matmul_flops=4.7e10, batched_flops=4.7e10, fused_flops=4e10, softmax=2.6e9)
 
 
 def _by_dtype(float32: Speeds, bfloat16: Speeds) -> dict[str, Speeds]:
-    """All dtypes of a processor. Nobody measured doubles, at half the rate of floats, or float16, which has no instructions here."""
+    """All dtypes of a processor. Nobody measured doubles, at half the rate of floats, or float16."""
     products = min(float32.matmul_flops, float32.quick_flops) / 2
-    slow = {"matmul_flops": products, "batched_flops": float32.batched_flops / 2, "fused_flops": float32.fused_flops / 2}
-    doubles = replace(float32, is_measured=False, quick_from=math.inf, **slow)
-    float16 = replace(bfloat16, is_measured=False, **slow)
+    many, fused = float32.batched_flops / 2, float32.fused_flops / 2
+    slow = partial(replace, is_measured=False, matmul_flops=products, batched_flops=many, fused_flops=fused)
+    doubles, float16 = slow(float32, quick_from=math.inf), slow(bfloat16)
     return {"float32": float32, "float64": doubles, "bfloat16": bfloat16, "float16": float16}
 
 
