@@ -22,7 +22,7 @@ import torch
 from machine import machine, print_machine
 from shapes import Bench, random_shapes
 
-from crossattention.plan import TEXTBOOK, Plan, Sizes, Speeds, speeds_of, write_speeds
+from crossattention.plan import TEXTBOOK, Plan, Sizes, Speeds, speeds_of, use_speeds, write_speeds
 from crossattention.plan.choose import ADVANTAGE
 from crossattention.plan.cost import CostModel
 
@@ -127,8 +127,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     print_machine()
     table: dict[tuple[str, str], Speeds] = {}
-    for dtype in given.dtype:
+    for dtype in sorted(given.dtype, reverse=True):  # float32 before half precision, whose scores are taken at its speeds
         table["cpu", dtype] = calibrate(dtype, given)
+        use_speeds(table)
     write_speeds(given.out, table, machine())
     print(f"wrote {given.out}")
 

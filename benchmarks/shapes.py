@@ -12,9 +12,9 @@ from timing import interleaved
 from crossattention import CrossAttention
 from crossattention.plan import TEXTBOOK, Choice, Plan, Sizes
 
-HOPELESS = 3.0
+HOPELESS = 4.0
 """A plan estimated at more than this many times the best estimate is not run: it would take the time of many that matter."""
-BEHIND = 1.4
+BEHIND = 1.6
 """A plan that took this many times the fastest in its first run is not run again."""
 
 

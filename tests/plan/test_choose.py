@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 
-from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK, Forbidden, Plan, PlanError, Sizes, choose_plan
+from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK, Forbidden, Plan, PlanError, Sizes, choose_plan, devices
+from crossattention.plan.choose import SPARE_BYTES
 from plan_sizes import sizes
 
 WORK = [
@@ -24,6 +25,22 @@ def test_the_measured_winner_is_chosen(work):
     z, n, m, a, b, heads, k, uses, spaces = work
     plan = choose_plan(Sizes(z, n, m, a, b, heads, heads, k, k, a, uses=uses)).plan
     assert (plan.scores, plan.values) == spaces
+
+
+def test_a_plan_that_holds_more_than_the_textbook_s_is_passed_over_and_marked():
+    speeds = devices._CPU["zen4"]["float32"]
+    choice = choose_plan(Sizes(13, 418, 16, 1664, 1356, 16, 16, 104, 104, 1664), (), speeds)
+    chosen, cheapest = choice.candidate(choice.plan), choice.candidates[0]
+    assert cheapest.plan == Plan("query", "output", "explicit") and cheapest.exceeds_memory and not chosen.exceeds_memory
+    most = choice.candidate(TEXTBOOK).cost.peak_bytes + SPARE_BYTES
+    for candidate in choice.candidates:
+        assert candidate.exceeds_memory == (candidate.cost.peak_bytes > most)
+        assert not (candidate.cost.seconds < chosen.cost.seconds and candidate.is_legal and not candidate.exceeds_memory)
+    line = next(line for line in str(choice).splitlines() if line.startswith("  query+output (explicit)"))
+    assert line.endswith("passed over: holds more at once")
+    assert choice.as_dict()["candidates"][0]["exceeds_memory"]
+    without_textbook = choose_plan(choice.sizes, (Forbidden("values", "head", "an adapter stands there"),), speeds)
+    assert without_textbook.plan == cheapest.plan  # nothing to hold it against
 
 
 def test_a_context_that_is_read_often_is_projected_once():

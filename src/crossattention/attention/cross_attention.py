@@ -520,54 +520,52 @@ class CrossAttention(nn.Module):
         is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         return is_trained and prepared.plan.kernel != "explicit" and self.scale != 0.0
 
-    def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
-        """Whether the textbook's products are all that is asked for and nothing is wrong.
-
-        Decode steps are so short that questions show in them: this is one condition in the place of the checks that name what is
-        wrong; those follow where it fails.
-        """
-        if torch.compiler.is_compiling() or type(prepared) is not PreparedContext or type(a) is not Tensor or a.dim() != 3:
-            return False
-        keys, weight = prepared.keys, getattr(self._modules["q_proj"], "weight", None)
-        shape, made = a.shape, keys.shape
+    def _is_plain(self, a: Tensor, prepared: PreparedContext) -> bool:
+        """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
         return (
-            (prepared.plan is TEXTBOOK or prepared.plan == TEXTBOOK)
+            not torch.compiler.is_compiling()  # first: a graph must not ask for lengths
             and prepared.mask is None
             and self.qk_norm is None
             and self.positions is None
             and self.kv_heads == self.heads
-            and self.head_dim == self.value_head_dim
             and not (self.training and self.dropout)
-            and shape[0] == made[0]
-            and shape[1] > 0
-            and shape[2] == self.query_dim
-            and made[2] > 0
+            and a.dim() == 3
+            and a.shape[1] > 0
+            and prepared.keys.shape[2] > 0
+            and not torch.is_autocast_enabled(a.device.type)
+        )
+
+    def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
+        """Whether the textbook's products are all that is asked for and nothing is wrong.
+
+        Decode steps are so short that questions show in them: these take the place of the checks that name what is wrong; those
+        follow where one fails.
+        """
+        if type(prepared) is not PreparedContext or type(a) is not Tensor:
+            return False
+        plan, keys, weight = prepared.plan, prepared.keys, getattr(self._modules["q_proj"], "weight", None)
+        return (
+            (plan is TEXTBOOK or plan == TEXTBOOK)
+            and self._is_plain(a, prepared)
+            and self.head_dim == self.value_head_dim
+            and a.shape[0] == keys.shape[0]
+            and a.shape[2] == self.query_dim
             and isinstance(weight, Tensor)
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
-            and not torch.is_autocast_enabled(a.device.type)
             and self._is_fresh_cache(prepared)
         )
 
     def _is_plain_read_of_b(self, a: Tensor, prepared: PreparedContext) -> bool:
-        """Whether a B that is kept as it is can be read in few steps: nothing stands beside the products or looks into them."""
-        if torch.compiler.is_compiling():  # first: a graph must not ask for lengths
-            return False
-        plan, keys = prepared.plan, prepared.keys
+        """Whether a B that is kept as it is can be read in few steps, without gradients."""
+        plan = prepared.plan
         return (
             plan.scores == plan.values == "context"
-            and (plan.kernel == "fused" or (plan.kernel == "explicit" and keys.shape[2] > NARROW_ROW))
-            and prepared.mask is None
-            and a.dim() == 3
-            and self.qk_norm is None
-            and self.positions is None
-            and self.kv_heads == self.heads
-            and not (self.training and self.dropout)
+            and plan.kernel != "blocked"
+            and self._is_plain(a, prepared)
+            and (plan.kernel == "fused" or prepared.keys.shape[2] > NARROW_ROW)
             and not torch.is_grad_enabled()
             and a.dtype in (torch.float32, torch.float64)
-            and a.shape[1] > 0
-            and keys.shape[2] > 0
-            and not torch.is_autocast_enabled(a.device.type)
             and not is_transformed()
             and not is_traced()
         )

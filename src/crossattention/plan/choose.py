@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,11 +24,15 @@ SPARE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Candidate:
-    """One plan as the planner saw it: its cost, and the reasons against it (empty if it is legal)."""
+    """One plan as the planner saw it: its cost, the reasons against it (empty if it is legal), and whether it holds too much.
+
+    `exceeds_memory`: it is estimated to hold over `SPARE_BYTES` more at once than the textbook's plan, and is passed over for that.
+    """
 
     plan: Plan
     cost: Cost
     reasons: tuple[str, ...]
+    exceeds_memory: bool = False
 
     @property
     def is_legal(self) -> bool:
@@ -93,8 +98,9 @@ def choose_plan(
 @lru_cache(maxsize=8192)
 def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], speeds: Speeds, score_speeds: Speeds) -> Choice:
     model = CostModel(sizes, speeds, score_speeds)
-    candidates = [Candidate(plan, model.cost(plan), reasons_against(plan, forbidden)) for plan in CANDIDATES]
-    candidates.sort(key=lambda candidate: candidate.cost.seconds)
+    costs = dict(sorted(((p, model.cost(p)) for p in CANDIDATES), key=lambda pair: pair[1].seconds))
+    most = costs[TEXTBOOK].peak_bytes + SPARE_BYTES if not reasons_against(TEXTBOOK, forbidden) else math.inf
+    candidates = [Candidate(p, cost, reasons_against(p, forbidden), cost.peak_bytes > most) for p, cost in costs.items()]
     legal = [candidate for candidate in candidates if candidate.is_legal]
     if not legal:
         listed = "; ".join(f"{c.plan}: {', '.join(c.reasons)}" for c in candidates)
@@ -102,8 +108,7 @@ def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], speeds: Speeds, scor
     textbook = next((candidate for candidate in legal if candidate.plan == TEXTBOOK), None)
     if textbook is None:
         return Choice(legal[0].plan, "the cheapest legal plan", sizes, tuple(candidates))
-    most = textbook.cost.peak_bytes + SPARE_BYTES
-    best = next(candidate for candidate in legal if candidate.cost.peak_bytes <= most)
+    best = next(candidate for candidate in legal if not candidate.exceeds_memory)
     if best is textbook:
         return Choice(TEXTBOOK, "the cheapest legal plan", sizes, tuple(candidates))
     ratio = best.cost.seconds / textbook.cost.seconds

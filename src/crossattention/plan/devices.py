@@ -151,40 +151,31 @@ _ZEN4 = Speeds(
 # other products are MKL's, which were as fast as on the fourth. The rest is the fourth's, and nothing has been fitted there since.
 _ZEN5 = replace(_ZEN4, quick_flops=4.2e11, fused_exponentials=3.17e9)
 
-_ZEN4_BF16 = Speeds(
-    is_measured=True,
-    threads=2,
-    matmul_flops=448000000000.0,
+_ZEN4_BF16 = replace(
+    _ZEN4,
+    matmul_flops=4.48e11,
     matmul_rows=2.25,
     matmul_columns=4.2,
     matmul_inner=86.1,
-    batched_flops=215000000000.0,
+    batched_flops=2.15e11,
     batched_rows=28.0,
     batched_columns=15.1,
     batched_inner=54.1,
     quick_from=math.inf,
-    quick_flops=420000000000.0,
-    quick_rows=4.0,
-    quick_columns=4.0,
-    quick_inner=40.0,
-    quick_step=2e-05,
-    bytes=25600000000.0,
-    cache=2490000.0,
-    cache_bytes=38700000000.0,
-    new_bytes=5940000000.0,
-    new_from=32000000.0,
-    fused_flops=182000000000.0,
+    bytes=2.56e10,
+    cache=2.49e6,
+    cache_bytes=3.87e10,
+    new_bytes=5.94e9,
+    fused_flops=1.82e11,
     fused_rows=6.47,
     fused_width=3.8,
     fused_columns=22.6,
-    fused_exponentials=2280000000.0,
-    fused_block=2.42e-06,
-    fused_backward=1.0,
-    softmax=6370000000.0,
+    fused_exponentials=2.28e9,
+    fused_block=2.42e-6,
+    softmax=6.37e9,
     softmax_columns=8.36,
-    online_softmax=2.0,
-    step_seconds=3.07e-05,
-    block_seconds=0.000216,
+    step_seconds=3.07e-5,
+    block_seconds=2.16e-4,
 )
 
 _ZEN5_BF16 = replace(_ZEN4_BF16, matmul_flops=9.65e11, fused_flops=2.35e11)
@@ -222,6 +213,8 @@ _GPU = replace(
 
 def _without_quick(speeds: Speeds) -> Speeds:
     """A processor on which torch's own products are as quick as oneDNN's; nobody measured one."""
+    if speeds.quick_from == math.inf:
+        return replace(speeds, is_measured=False)
     return replace(
         speeds,
         is_measured=False,

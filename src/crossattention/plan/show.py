@@ -53,6 +53,7 @@ def _rows(choice: Choice) -> Iterator[str]:
             yield (
                 f"{mark} {name:<26}{cost.seconds * 1e3:>10.3f}{cost.seconds / textbook:>13.2f}{cost.prepare_flops / 1e9:>12.4f}"
                 f"{cost.attend_flops / 1e9:>12.4f}{cost.prepared_bytes / 1e6:>10.2f}"
+                + ("  passed over: holds more at once" if candidate.exceeds_memory else "")
             )
         else:
             yield f"{mark} {name:<26}   illegal: {'; '.join(candidate.reasons)}"
@@ -69,6 +70,7 @@ def choice_as_dict(choice: Choice) -> dict[str, object]:
                 "plan": asdict(candidate.plan),
                 "is_legal": candidate.is_legal,
                 "reasons": list(candidate.reasons),
+                "exceeds_memory": candidate.exceeds_memory,
                 "seconds": candidate.cost.seconds,
                 **asdict(candidate.cost),
             }
