@@ -1,8 +1,13 @@
 """Scoring a run on what its training never saw."""
 
+import io
 import json
 
+from rich.console import Console
+
 from cli.conftest import type_in
+from crossattention.cli.weights import measuring
+from crossattention.recipes.run import evaluate, load_run
 
 
 def test_the_table_holds_the_scores(trained):
@@ -23,8 +28,20 @@ def test_json_says_which_weights_and_how(trained):
 
 
 def test_beams_reach_the_search(trained, monkeypatch):
-    monkeypatch.setattr("crossattention.recipes.run.evaluate", lambda run, *, beams: {"exact": beams / 10})
+    monkeypatch.setattr("crossattention.recipes.run.evaluate", lambda run, *, beams, on_progress: {"exact": beams / 10})
     assert "30.0 %" in type_in("evaluate", trained.run, "--beams", 3)[1]
+
+
+def test_a_terminal_shows_how_many_are_scored(trained, monkeypatch):
+    """On stderr, so that stdout stays data; in a pipe nothing is shown."""
+    terminal = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=terminal, force_terminal=True, width=120))
+    told = []
+    with measuring("scoring") as show:
+        evaluate(load_run(trained.run), on_progress=lambda done, total: (told.append((done, total)), show(done, total)))
+    done, total = told[-1]
+    assert done == total > 0 and [d for d, _ in told] == sorted(d for d, _ in told)
+    assert f"{done}/{total}" in terminal.getvalue()
 
 
 def test_changed_data_are_not_scored_as_unseen(trained, pairs_file):

@@ -85,7 +85,7 @@ def test_a_request_to_end_saves_too_and_keeps_its_exit_code(pairs_file, tmp_path
 
 
 def test_ctrl_c_while_scoring_keeps_the_run_and_says_how_to_score_it(pairs_file, tmp_path, monkeypatch):
-    def interrupted(run):
+    def interrupted(run, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("crossattention.recipes.run.evaluate", interrupted)
@@ -145,7 +145,7 @@ def test_bad_lines_are_counted_where_they_are_left_out(pairs_file, tmp_path):
 
 def test_g2p_shows_arpabet_ipa_and_the_dictionary(tmp_path, monkeypatch):
     scores = {"words": 10011, "per": 0.5, "words_stem_seen": 2645, "per_stem_seen": 0.25}
-    monkeypatch.setattr("crossattention.recipes.run.evaluate", lambda run: scores)  # all test words take too long here
+    monkeypatch.setattr("crossattention.recipes.run.evaluate", lambda run, **_: scores)  # all test words take too long here
     few = ["--steps", 2, "--evaluations", 1, "--evaluation-words", 3, "--tokens-per-batch", 400]
     code, stdout, _ = type_in("train", "g2p", "--out", tmp_path / "run", *few, *TINY_FLAGS)
     lines = stdout.splitlines()

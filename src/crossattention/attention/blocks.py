@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossattention.attention.masks import part_of
 from crossattention.attention.products import multiply
 from crossattention.plan import blocks as sizes_of
 
@@ -150,7 +151,7 @@ class _Work:
     def _softmax(self, scores: Tensor, heads: slice, queries: slice) -> Tensor:
         """Softmax of a block in its own memory; rows without a live key become zeros."""
         self.mask_scores(scores, heads, queries, slice(None))
-        live = None if self.live is None else _part(self.live, heads, queries)
+        live = None if self.live is None else part_of(self.live, heads, queries)
         if live is not None:
             scores.masked_fill_(~live, 0.0)
         if _is_across(scores):
@@ -164,7 +165,7 @@ class _Work:
         """Add or cut, in place, what the mask says of these pairs."""
         if self.mask is None:
             return
-        mask = _part(self.mask, heads, queries)[..., part]
+        mask = part_of(self.mask, heads, queries)[..., part]
         if mask.dtype == torch.bool:
             scores.masked_fill_(~mask, -torch.inf)
         else:
@@ -178,12 +179,6 @@ def _is_across(weights: Tensor) -> bool:
 
 def _item(tensor: Tensor, item: int) -> Tensor:
     return tensor[item] if tensor.shape[0] > 1 else tensor[0]
-
-
-def _part(tensor: Tensor, heads: slice, queries: slice) -> Tensor:
-    """The heads and queries of a tensor that may have one for all."""
-    tensor = tensor[heads] if tensor.shape[0] > 1 else tensor
-    return tensor[:, queries] if tensor.shape[1] > 1 else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------- forward

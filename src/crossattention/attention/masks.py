@@ -89,6 +89,11 @@ def _check_device(name: str, mask: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {mask.device} but what it masks is on {device}; move the mask there")
 
 
+def part_of(tensor: Tensor, *slices: slice) -> Tensor:
+    """Slices of the first dimensions; one that has a single number for all keeps it."""
+    return tensor[tuple(some if size > 1 else slice(None) for size, some in zip(tensor.shape, slices, strict=False))]
+
+
 def fold_repeats(mask: Tensor, repeats: int, query_length: int) -> Tensor:
     """A pair mask that broadcasts to (z, r, h, n, m), as one that broadcasts to (z, h, r n, m)."""
     mask = mask.reshape((1,) * (5 - mask.dim()) + tuple(mask.shape))

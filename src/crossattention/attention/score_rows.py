@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossattention.attention import execute
-from crossattention.attention.masks import ScoreMask, combine_masks, fold_repeats
+from crossattention.attention.masks import ScoreMask, combine_masks, fold_repeats, part_of
 from crossattention.attention.prepared import PreparedContext
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class ScoreRows:
             dtype = torch.float64 if self._queries.dtype == torch.float64 else torch.float32
             weights = torch.zeros(count, heads.stop - heads.start, r * n, m, dtype=dtype, device=self._keys.device)
         else:
-            some = _part(self._queries, items, heads, rows)
+            some = part_of(self._queries, items, heads, rows)
             mask = self._mask(items, repeats, heads, queries, rows)
             keys = self._keys_of(items, heads, is_read_again=r * n < self._queries.shape[2])
             with torch.autocast(some.device.type, enabled=False):
@@ -137,13 +137,13 @@ class ScoreRows:
         """All that is added to or cut from these scores."""
         prepared, attn_mask = self._prepared, self._attn_mask
         if attn_mask is not None and self.repeats is None:
-            attn_mask = _part(attn_mask, items, heads, queries)
+            attn_mask = part_of(attn_mask, items, heads, queries)
         elif attn_mask is not None:
-            attn_mask = _part(attn_mask, items, repeats, heads, queries)
+            attn_mask = part_of(attn_mask, items, repeats, heads, queries)
             attn_mask = fold_repeats(attn_mask, repeats.stop - repeats.start, queries.stop - queries.start)
         bias = None if prepared.key_bias is None else prepared.key_bias[items, heads].unsqueeze(2)
         if self.makes_all_heads:
-            added = _part(self._added(items, rows), slice(None), heads)
+            added = part_of(self._added(items, rows), slice(None), heads)
             bias = added if bias is None else bias + added
         context_mask = None if prepared.mask is None else prepared.mask[items]
         return combine_masks(context_mask, attn_mask, bias, prepared.context_length, self._mask_dtype, self._keys.device)
@@ -155,12 +155,7 @@ class ScoreRows:
         read = None
         if part.reads_queries:
             assert self._projected is not None
-            read = _part(self._projected, items, slice(None), rows)
+            read = part_of(self._projected, items, slice(None), rows)
         at = at[rows] if at.dim() == 1 else at[items, rows]
         context_at = context_at if context_at.dim() == 1 else context_at[items]
         return part.score_bias(read, at, context_at, self._layer.scale)
-
-
-def _part(tensor: Tensor, *slices: slice) -> Tensor:
-    """Slices of the first dimensions; one that has a single number for all keeps it."""
-    return tensor[tuple(some if size > 1 else slice(None) for size, some in zip(tensor.shape, slices, strict=False))]

@@ -29,12 +29,12 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     given = tyro.cli(EvaluateArguments, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
 
     from crossattention.cli.lines import score_table
-    from crossattention.cli.weights import load_and_say, waiting, weights_digest
+    from crossattention.cli.weights import load_and_say, measuring, weights_digest
     from crossattention.recipes.run import evaluate
 
     loaded = load_and_say(given.run)
-    with waiting("scoring the examples that it has never seen"):
-        found = evaluate(loaded, beams=given.beams)
+    with measuring("scoring the examples that it has never seen") as show:
+        found = evaluate(loaded, beams=given.beams, on_progress=show)
     if given.json:
         facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step, "beams": given.beams}
         print(json.dumps({**facts, "sha256": weights_digest(loaded), "scores": found}))

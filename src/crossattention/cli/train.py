@@ -12,7 +12,7 @@ from crossattention.cli import lines
 from crossattention.cli.main import EXIT_OK, EXIT_USER, unknown
 from crossattention.cli.screen import screen_for
 from crossattention.cli.settings import RECIPES, Order, read_order
-from crossattention.cli.weights import load_and_say, waiting
+from crossattention.cli.weights import load_and_say, measuring, waiting
 from crossattention.views.alignment import escaped
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def _show_results(order: Order, task: "Task", console: Console) -> None:
     loaded = load_and_say(order.run.out)
     out = shlex.quote(str(order.run.out))
     try:
-        with waiting("scoring the examples that it has never seen (Ctrl-C leaves that out)"):
-            scores = lines.score_table(evaluate(loaded))
+        with measuring("scoring the examples that it has never seen (Ctrl-C leaves that out)") as show:
+            scores = lines.score_table(evaluate(loaded, on_progress=show))
     except KeyboardInterrupt:
         scores = [f"not scored; this does it: crossattention evaluate {out}"]
     labels, answers, to_ask = _unseen(loaded, order, task)

@@ -41,15 +41,36 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
     Returns:
         A context manager; it gives a function that takes other words to show.
     """
+    with _shown(what, has_total=False) as update:
+        yield lambda words: update(description=words)
+
+
+@contextmanager
+def measuring(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr, if that is a terminal, a bar of how far something has come.
+
+    Args:
+        what: the words beside the bar.
+
+    Returns:
+        A context manager; it gives a function that takes how much is done, and how much there is.
+    """
+    with _shown(what, has_total=True) as update:
+        yield lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def _shown(what: str, *, has_total: bool) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda words: None
+        yield lambda **changes: None
         return
-    columns = [SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
+    amount = [BarColumn(), MofNCompleteColumn()] if has_total else []
+    columns = [SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *amount, TimeElapsedColumn()]
     # Without redirection: rich would send what is printed to stdout, data for a file, to this terminal.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda words: progress.update(task, description=words)
+        yield lambda **changes: progress.update(task, **changes)

@@ -35,7 +35,7 @@ from crossattention.recipes.cmudict import (
 )
 from crossattention.recipes.pair_task import ModelShape, PairLearner
 from crossattention.recipes.scores import PronunciationScores, score_pronunciations
-from crossattention.recipes.translator import Prediction, Translator
+from crossattention.recipes.translator import OnProgress, Prediction, Translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 
@@ -208,13 +208,16 @@ def unseen_words(translator: Translator, *, stressed: bool, count: int = 10) -> 
     ]
 
 
-def score_test_words(translator: Translator, *, stressed: bool, beams: int = 1) -> dict[str, float]:
+def score_test_words(
+    translator: Translator, *, stressed: bool, beams: int = 1, on_progress: OnProgress | None = None
+) -> dict[str, float]:
     """Score a model on all test words.
 
     Args:
         translator: the model and its vocabularies.
         stressed: its phonemes carry stress.
         beams: width of the beam search; 1 is greedy.
+        on_progress: called now and then with the number of words that are predicted, and that of all.
 
     Returns:
         words, wer, per, per_macro: without stress, so that all models compare; the same four with `_stem_seen` for the
@@ -225,7 +228,7 @@ def score_test_words(translator: Translator, *, stressed: bool, beams: int = 1) 
     """
     parts = words_by_part(stressed=stressed)
     words = list(parts["test"])
-    predicted = [prediction.text for prediction in translator.predict_all(words, beams=beams)]
+    predicted = [prediction.text for prediction in translator.predict_all(words, beams=beams, on_progress=on_progress)]
     scores: dict[str, float] = {}
     if stressed:
         with_stress = score_pronunciations(predicted, list(parts["test"].values()))

@@ -15,7 +15,7 @@ from crossattention.checkpoints.files import read_json
 from crossattention.data.vocabulary import tokenizer_from_json
 from crossattention.models.pretrained import load
 from crossattention.recipes import g2p, seq2seq
-from crossattention.recipes.translator import Alignment, Prediction, Translator
+from crossattention.recipes.translator import Alignment, OnProgress, Prediction, Translator
 
 RECIPES = (g2p.RECIPE, seq2seq.RECIPE)
 
@@ -99,12 +99,13 @@ def load_run(folder: str | Path) -> Run:
     return Run(path, description["recipe"], translator, description, _read_step(path))
 
 
-def evaluate(run: Run, *, beams: int = 1) -> dict[str, float]:
+def evaluate(run: Run, *, beams: int = 1, on_progress: OnProgress | None = None) -> dict[str, float]:
     """Score a run on its whole test part, which training never saw.
 
     Args:
         run: what `load_run` gave.
         beams: width of the beam search; 1 is greedy.
+        on_progress: called now and then with the number of examples that are predicted, and that of all.
 
     Returns:
         For g2p what `g2p.score_test_words` gives, for seq2seq what `seq2seq.score_pairs` gives.
@@ -121,11 +122,11 @@ def evaluate(run: Run, *, beams: int = 1) -> dict[str, float]:
                 f"{run.path} was trained on another edition of the dictionary (sha256 {then}, here {now}); scores "
                 "would not be of unseen words: score it with the version of crossattention that trained it"
             )
-        return g2p.score_test_words(run.translator, stressed=config.stressed, beams=beams)
+        return g2p.score_test_words(run.translator, stressed=config.stressed, beams=beams, on_progress=on_progress)
     pairs_config = seq2seq.config_from_json(run.description["config"])
     seq2seq.check_files(pairs_config, run.description["data"])
     parts = seq2seq.read_parts(pairs_config)
-    return seq2seq.score_pairs(run.translator, parts.test, pairs_config.metrics, beams=beams)
+    return seq2seq.score_pairs(run.translator, parts.test, pairs_config.metrics, beams=beams, on_progress=on_progress)
 
 
 def _find_model(folder: Path) -> Path:

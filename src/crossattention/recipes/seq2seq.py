@@ -22,7 +22,7 @@ from crossattention.data.vocabulary import Tokenizer, TokenizerKind, UnknownSymb
 from crossattention.models.transformer import Transformer
 from crossattention.recipes.pair_task import ModelShape, PairLearner
 from crossattention.recipes.scores import LOWER_IS_BETTER, TextMetric, check_text_metrics, score_texts
-from crossattention.recipes.translator import Translator
+from crossattention.recipes.translator import OnProgress, Translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 
@@ -214,15 +214,22 @@ class Seq2SeqTask:
         return True
 
 
-def score_pairs(translator: Translator, pairs: Pairs, metrics: Sequence[TextMetric], *, beams: int = 1) -> dict[str, float]:
-    """Predict held-out sources and score the predictions.
+def score_pairs(
+    translator: Translator,
+    pairs: Pairs,
+    metrics: Sequence[TextMetric],
+    *,
+    beams: int = 1,
+    on_progress: OnProgress | None = None,
+) -> dict[str, float]:
+    """Predict held-out sources and score the predictions; `on_progress` as in `Translator.predict_all`.
 
     Returns:
         Each metric; `pairs`, how many; `unreadable`, how many sources have a symbol never seen in training: these
         count as predicted empty.
     """
     sources, targets = zip(*pairs, strict=True)
-    predictions = translator.predict_all(sources, beams=beams)
+    predictions = translator.predict_all(sources, beams=beams, on_progress=on_progress)
     scores = score_texts([prediction.text for prediction in predictions], targets, metrics)
     unreadable = sum(prediction.log_probability == float("-inf") for prediction in predictions)
     return {**scores, "pairs": len(pairs), "unreadable": unreadable}

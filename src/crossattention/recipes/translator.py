@@ -7,7 +7,7 @@ Letters: z batch, n target length, m source length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from crossattention.data.vocabulary import BEGIN, PAD, UNKNOWN, Tokenizer, UnknownSymbol
 from crossattention.maps import attention_map
 from crossattention.models.generate import Hypothesis, beam_search, greedy
+
+OnProgress = Callable[[int, int], None]
+"""Is told now and then how much is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,12 @@ class Translator:
             raise ValueError(f"expected 1 to {beams} hypotheses, the number of beams, got {num_hypotheses}; raise beams as well")
         return self._predict_lazily(texts, beams, num_hypotheses, batch_size)
 
-    def predict_all(self, texts: Sequence[str], *, beams: int = 1, batch_size: int = 256) -> list[Prediction]:
+    def predict_all(
+        self, texts: Sequence[str], *, beams: int = 1, batch_size: int = 256, on_progress: OnProgress | None = None
+    ) -> list[Prediction]:
         """The best prediction of each text, computed in the order of their lengths and given in their own.
 
+        `on_progress` is called after each batch with the number of texts that are done, and that of all.
         A text with a symbol never seen in training is answered by an empty, unfinished prediction: a test set is
         scored whole.
         """
@@ -112,6 +118,8 @@ class Translator:
                 found = self._search([encoded[index] or [] for index in rows], beams, 1)
                 for index, hypotheses in zip(rows, found, strict=True):
                     answers[index] = self._prediction(hypotheses[0])
+                if on_progress is not None:
+                    on_progress(begin + len(rows), len(readable))
         return answers
 
     def align(self, text: str, predicted: str) -> Alignment:
