@@ -5,8 +5,9 @@
 Each row is one piece of work. The peers are hand-written projections with `F.scaled_dot_product_attention`, torch's, timm's,
 x-transformers' and Hugging Face's layers where they apply, all with the same weights; then every legal plan forced, and the
 planner's choice. Every result is compared with the hand-written one before anything is timed. All run in turn in one process;
-figures are medians; memory is the most that one call adds. "times as fast" is the best peer's time over the choice's, "of best
-plan" the choice's time over that of the fastest forced plan.
+figures are medians; memory is the most that the tensors which one call makes hold at once, gradients included (the growth of the
+resident size is in the JSON). "times as fast" is the best peer's time over the choice's, "of best plan" the choice's time over that
+of the fastest forced plan.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from machine import free_gb, machine, print_machine, versions
 from peers import BY_HAND, COMMON_WAYS, PACKAGES, Call, peer_calls
 from report import AUTO, cells, print_header, print_line, print_summary
 from rows import ROWS, Inputs, Row, make_inputs, make_layer
-from timing import Timing, interleaved, peak_megabytes, seconds_of
+from timing import Timing, interleaved, peak_megabytes, seconds_of, tensor_megabytes
 from torch import Tensor
 
 from crossattention import CrossAttention, Plan
@@ -188,7 +189,7 @@ def measure(row: Row, options: Options) -> dict[str, object]:
     contenders = {}
     for name in runs:
         kind = "choice" if name == AUTO else "plan" if name in plans else "peer"
-        found = {"megabytes": megabytes[name], "difference": checked[name].difference, "hopeless": name in hopeless}
+        found = {**megabytes[name], "difference": checked[name].difference, "hopeless": name in hopeless}
         contenders[name] = {"kind": kind, **as_milliseconds(timings[name]), **found}
     return {
         "work": row.name,
@@ -223,13 +224,15 @@ def time_all(
 
 def weigh_all(
     runs: dict[str, Callable[[], Tensor]], calls: dict[str, Call], inputs: Inputs, options: Options
-) -> dict[str, float | None]:
+) -> dict[str, dict[str, float | None]]:
     """Megabytes that one call of each adds; gradients of the calls before it are dropped first, so that its own are counted."""
-    megabytes = {}
+    leaves = [*inputs.leaves, *(weight for call in calls.values() for weight in call.parameters)]
+    megabytes: dict[str, dict[str, float | None]] = {name: {} for name in runs}
     for name, run in runs.items():
-        for leaf in [*inputs.leaves, *(weight for call in calls.values() for weight in call.parameters)]:
-            leaf.grad = None
-        megabytes[name] = peak_megabytes(run, options.device)
+        for what, weigh in (("megabytes", tensor_megabytes), ("resident_megabytes", peak_megabytes)):
+            for leaf in leaves:
+                leaf.grad = None
+            megabytes[name][what] = weigh(run, options.device)
     return megabytes
 
 

@@ -1,5 +1,7 @@
 """The table that `attention.py` prints of its results, and what stands under it."""
 
+from crossattention.plan import TEXTBOOK
+
 AUTO = "auto"
 """Name of the planner's choice among the contenders."""
 
@@ -13,14 +15,15 @@ COLUMNS = {
     "best peer, ms": 38,
     "times as fast": 15,
     "of best plan": 14,
-    "MB, ours / peer": 19,
+    "MB, ours / peer / textbook": 26,
 }
 
 
 def cells(result: dict[str, object]) -> list[str]:
     """One row of the table."""
     ours, peer = (result["contenders"][name] for name in (AUTO, result["best_peer"]))
-    sizes = ["?" if c["megabytes"] is None else f"{c['megabytes']:,.1f}" for c in (ours, peer)]
+    textbook = result["contenders"].get(str(TEXTBOOK))
+    sizes = ["-" if c is None else f"{c['megabytes']:,.1f}" for c in (ours, peer, textbook)]
     return [
         result["work"],
         result["chosen"],
@@ -50,13 +53,21 @@ def print_summary(results: list[dict[str, object]]) -> None:
     for result in results:
         if result["common_way"] is not None:
             print(f"{result['work']}: {result['times_as_fast_as_common_way']:.2f} times as fast as {result['common_way']}")
-    reasons: dict[str, list[str]] = {}
-    for result in results:
-        for name, why in (result["left_out"] | result["failed"]).items():
-            reasons.setdefault(f"{name}: {why}", []).append(result["work"])
-    for reason, rows in reasons.items():
-        print(f"left out, {reason} [{'; '.join(rows) if len(rows) < len(results) else 'every row'}]")
+    for (why, rows), names in _left_out(results).items():
+        print(f"left out, {', '.join(names)}: {why} [{'; '.join(rows) if len(rows) < len(results) else 'every row'}]")
     slower = [f"{result['work']} ({result['times_as_fast']:.2f})" for result in results if result["times_as_fast"] < NOT_SLOWER]
     kept = len(results) - len(slower)
     others = f"; slower: {', '.join(slower)}" if slower else ""
     print(f"not slower (at least {NOT_SLOWER} of the best peer's speed): {kept} of {len(results)} rows{others}")
+
+
+def _left_out(results: list[dict[str, object]]) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """The names of what was left out, by the reason and the rows that it was left out of."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for name, why in (result["left_out"] | result["failed"]).items():
+            rows.setdefault((name, why), []).append(result["work"])
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (name, why), works in rows.items():
+        names.setdefault((why, tuple(works)), []).append(name)
+    return names

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import execute
+from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
@@ -490,7 +491,7 @@ class CrossAttention(nn.Module):
         else:
             values = execute.make_values(self, plan.values, b)
             if plan.kernel == "fused":
-                keys, values = execute.to_one_width(keys, values)
+                keys, values = to_one_width(keys, values)
         if uses >= WRITTEN_OUT_USES and "context" not in (plan.scores, plan.values):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED

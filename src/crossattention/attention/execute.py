@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
+from crossattention.attention.fused import attend_fused, widen
 from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
 from crossattention.plan import Plan
@@ -108,19 +109,6 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
 def _rounded(product: Tensor, b: Tensor) -> Tensor:
     """A product of B in B's dtype; under autocast it is in autocast's dtype already, and stays so."""
     return product if torch.is_autocast_enabled(b.device.type) else product.to(b.dtype)
-
-
-def to_one_width(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the narrower padded by zeros: kernels that fuse attention want one width, and zeros change nothing."""
-    if keys is values or keys.shape[-1] == values.shape[-1]:
-        return keys, values
-    width = max(keys.shape[-1], values.shape[-1])
-    return widen(keys, width), widen(values, width)
-
-
-def widen(tensor: Tensor, width: int) -> Tensor:
-    """The tensor with zeros after its last dimension, up to a width."""
-    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
 
 
 def place_keys(layer: HasParts, keys: Tensor, positions: Tensor | None) -> Tensor:
@@ -235,9 +223,9 @@ def attend_heads(
         if kernel == "fused" or torch.compiler.is_exporting():
             if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
                 with torch.autocast("cpu", enabled=False):
-                    out = _fused(queries, keys, values, mask, scale)
+                    out = attend_fused(queries, keys, values, mask, scale)
             else:
-                out = _fused(queries, keys, values, mask, scale)
+                out = attend_fused(queries, keys, values, mask, scale)
             return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out), mask.live
         if not is_transformed():
             with torch.autocast(queries.device.type, enabled=False):
@@ -364,57 +352,9 @@ def _dropout_factors(weights: Tensor, dropout: float) -> Tensor:
     return factors.bernoulli_(1.0 - dropout).div_(1.0 - dropout)
 
 
-def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale: float) -> Tensor:
-    """`scaled_dot_product_attention` with as few key-value heads as there are: heads that share one are laid into the length."""
-    heads = max(queries.shape[1], keys.shape[1], values.shape[1])
-    groups = max(keys.shape[1], values.shape[1])
-    width = values.shape[-1]
-    keys, values = to_one_width(keys, values)
-    queries = widen(queries, keys.shape[-1])
-    queries = queries.expand(keys.shape[0], heads, -1, -1)
-    share = heads // groups
-    tensor = mask.tensor
-    if share > 1:
-        length = queries.shape[2]
-        queries = queries.unflatten(1, (groups, share)).flatten(2, 3)
-        tensor = None if tensor is None else _fold_mask(tensor, groups, share, length)
-    # Four dimensions even where all but the last are broadcast: fused kernels know no others.
-    out = F.scaled_dot_product_attention(queries, _spread(keys, groups), _spread(values, groups), attn_mask=tensor, scale=scale)
-    if share > 1:
-        out = out.unflatten(2, (share, -1)).flatten(1, 2)
-    out = out[..., :width]
-    if mask.live is not None and _must_zero_empty_rows(out):
-        out = out.masked_fill(~mask.live, 0.0)
-    return out
-
-
-def _spread(tensor: Tensor, groups: int) -> Tensor:
-    """(z, g, m, c) with each head repeated to make `groups`; without a copy where there is one head."""
-    if tensor.shape[1] == groups:
-        return tensor
-    if tensor.shape[1] == 1:
-        return tensor.expand(-1, groups, -1, -1)
-    return tensor.repeat_interleave(groups // tensor.shape[1], 1)
-
-
-def _fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
-    """A mask of (z, h, n, m) for heads laid into the length: (z, g, s n, m)."""
-    if tensor.shape[1] == 1 and tensor.shape[2] == 1:
-        return tensor
-    if tensor.shape[1] == 1:
-        return tensor.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(2, 3)
-    folded: Tensor = tensor.unflatten(1, (groups, share)).expand(-1, -1, -1, length, -1).flatten(2, 3)
-    return folded
-
-
 def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
     """Whether there is no query or no key; graphs are made for lengths of one or more and never branch on them."""
     return not torch.compiler.is_compiling() and (queries.shape[2] == 0 or keys.shape[2] == 0)
-
-
-def _must_zero_empty_rows(out: Tensor) -> bool:
-    """Whether the device's kernel, or an exported graph's other runtime, may leave something in rows without a live key."""
-    return out.device.type != "cpu" or torch.compiler.is_exporting()
 
 
 def _unrounded(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossattention.attention.execute import to_one_width, widen
+from crossattention.attention.fused import to_one_width, widen
 from crossattention.attention.masks import check_attn_mask, to_score_dtype
 
 

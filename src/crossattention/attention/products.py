@@ -22,8 +22,8 @@ from crossattention.plan.speeds import speeds_of
 
 _LIBRARY = torch.library.Library("crossattention", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-# Of graphs, which cannot read a configuration while they are traced: whether this kind of processor gains at all.
-_may_be_quick = built_in("cpu", "float32").quick_from < float("inf")
+# Of graphs, which cannot read a configuration while they are traced: from how many FLOPs on this kind of processor gains.
+_QUICK_FROM = built_in("cpu", "float32").quick_from
 _has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 
 
@@ -89,7 +89,7 @@ def _is_large(rows: int, columns: int, inner: int) -> bool:
 def _is_quick(x: Tensor, weight: Tensor) -> bool:
     """Whether a product goes to oneDNN: large, float32, on a CPU, and not looked into by anything that knows only torch's own."""
     if torch.compiler.is_compiling():
-        return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _is_quick_in_graphs(weight)
+        return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _is_quick_in_graphs(x, weight)
     if 2.0 * x.numel() * weight.shape[0] < speeds_of("cpu", "float32").quick_from:  # first, as a decode step asks it twice
         return False
     return (
@@ -107,14 +107,20 @@ def _is_quick(x: Tensor, weight: Tensor) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _is_quick_in_graphs(weight: Tensor) -> bool:
-    """In compiled code the operator decides by its real sizes; an exported program must run without this library."""
+def _is_quick_in_graphs(x: Tensor, weight: Tensor) -> bool:
+    """In compiled code the operator decides by its real sizes; an exported program must run without this library.
+
+    Where the graph's sizes are fixed and too small anyhow, the operator, which takes some 15 microseconds, is left out; of a length
+    that may vary this asks nothing, so that no graph comes to depend on it.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second, and only graphs need it
+
     return (
         not torch.compiler.is_exporting()
         and _has_onednn
-        and _may_be_quick
+        and _QUICK_FROM < float("inf")
         and not torch.is_autocast_enabled("cpu")
-        and weight.shape[0] * weight.shape[1] >= 4096
+        and not statically_known_true(2 * x.numel() * weight.shape[0] < _QUICK_FROM)
     )
 
 
