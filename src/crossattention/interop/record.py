@@ -34,7 +34,7 @@ def record_attention(model: nn.Module, summaries: Sequence[Summary] | None = Non
 
     Args:
         model: the model, or a part of it; not compiled.
-        summaries: what to keep, as for `attention_map`; default `[TopK(8), Highlight()]`. Each call of a layer has copies of its own.
+        summaries: what to keep, as for `attention_map`; default `[TopK(8), Highlight()]`. Each call works on copies.
         self_attention: whether to record self-attention too.
 
     Returns:
