@@ -204,7 +204,7 @@ def test_torch_s_transformer_shows_its_decoder_and_keeps_the_encoder_s_fast_path
 def test_it_is_gone_after_an_exception_and_the_model_may_be_copied_and_pickled_within():
     model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
     x, y = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
-    with pytest.raises(RuntimeError, match="mine"):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match="mine"):
         with record_attention(model) as seen:
             copied, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
             with torch.no_grad():
