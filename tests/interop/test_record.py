@@ -144,6 +144,11 @@ def test_the_rows_of_a_generated_sequence_are_those_of_decoding_it_at_once(beams
                 assert_close(rows[z, r, :, : len(one.rows)], again.layers[name].merged[0][0])
                 assert not rows[z, r, :, len(one.rows) :].any()
     assert leftovers(model) == []
+    with record_attention(model, [Argmax()]) as seen:
+        assert not copy.deepcopy(model).generation_watchers and not pickle.loads(pickle.dumps(model)).generation_watchers
+        greedy(copy.deepcopy(model), source, mask, max_length=2)
+        greedy(model, source, mask, max_length=2)
+    assert seen.layers["decoder.layers.0.cross_attention"].merged.shape[-2] <= 2
 
 
 def test_a_generation_that_breaks_off_leaves_its_calls():
@@ -267,6 +272,23 @@ def test_threads_with_recordings_see_their_own_calls_and_others_are_seen_by_all(
     assert len(seen.layers["CrossAttention"].calls) == 1
 
 
+@pytest.mark.slow  # what they import takes seconds
+def test_a_compiled_model_is_refused_and_a_compiled_call_is_not_silent():
+    layer, (a, b) = make_layer("textbook"), make_inputs()
+    compiled = torch.compile(layer)
+    with pytest.raises(TypeError, match="the model is compiled, so its graph runs without a look"):
+        record_attention(compiled)
+    compiled(a, b)
+    with record_attention(layer) as seen:
+        compiled(a, b)
+    with pytest.raises(ValueError, match=r"nothing was recorded: .* and not a compiled"):
+        print(seen.layers)
+    layer.compile()
+    with pytest.raises(TypeError, match="the model is compiled"):
+        record_attention(layer)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_s_second_run_is_not_recorded():
     layer, (a, b) = make_layer(), make_inputs()
     with record_attention(layer, [Argmax()]) as seen:
@@ -289,8 +311,6 @@ def test_what_cannot_be_recorded_is_said():
         record_attention(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="has 1 attention layers, and none that reads another sequence"):
         record_attention(SelfAttention(12, heads=3))
-    with pytest.raises(TypeError, match="the model is compiled, so its graph runs without a look"):
-        record_attention(torch.compile(layer))
     seen = record_attention(layer)
     with pytest.raises(ValueError, match="run the model within `with record_attention"):
         print(seen.layers)
@@ -320,26 +340,26 @@ def test_a_summary_s_own_error_waits_until_its_result_is_asked_for():
 # -------------------------------------------------------------------------------------------------------------- view
 
 
-def view_of(tmp_path, monkeypatch):
-    """A recording of two layers, and the module that shows it."""
-    pages = pytest.importorskip("crossattention.views.pages", reason="crossattention.views.pages is not there yet")
+def recording_to_view():
+    """A recording of two layers."""
+    pytest.importorskip("crossattention.views.pages", reason="crossattention.views.pages is not there yet")
     model = nn.ModuleList(CrossAttention(12, B, heads=3) for _ in range(2))
     a, b = torch.randn(2, 4, 12), torch.randn(2, M, B)
     with record_attention(model, [TopK(3), Highlight()]) as seen:
         [layer(a, b) for layer in model]
-    return pages, seen
+    return seen
 
 
-def test_a_view_is_written(tmp_path, monkeypatch):
-    _, seen = view_of(tmp_path, monkeypatch)
+def test_a_view_is_written(tmp_path):
+    seen = recording_to_view()
     path = seen.view(tmp_path / "map.html", queries=["<b>", "two", "three", "four"], context=[f"c{i}" for i in range(M)], item=1)
     text = path.read_text(encoding="utf-8")
     assert "three" in text and "<b>" not in text.partition("<body")[2]
     assert seen.view(tmp_path / "map.svg").stat().st_size > 0
 
 
-def test_a_view_that_cannot_be_is_refused(tmp_path, monkeypatch):
-    _, seen = view_of(tmp_path, monkeypatch)
+def test_a_view_that_cannot_be_is_refused(tmp_path):
+    seen = recording_to_view()
     with pytest.raises(ValueError, match="queries has 1 labels, but the map has 4 of them"):
         seen.view(tmp_path / "map.html", queries=["one"])
     with pytest.raises(ValueError, match=r"item 2 is not in a batch of shape \(2,\)"):

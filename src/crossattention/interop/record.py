@@ -15,7 +15,7 @@ from torch import nn
 from crossattention.interop import diffusers, huggingface, ours, timm, torch_nn
 from crossattention.interop.page import page_of
 from crossattention.interop.recording import Generation, Layer, copied, recorded_of
-from crossattention.interop.seats import Look, Seat, seat_at
+from crossattention.interop.seats import Look, Seat, seat_at, unwatch, watch
 from crossattention.maps.compute import check_summaries
 from crossattention.maps.summaries import Highlight, Summary, TopK
 
@@ -73,7 +73,7 @@ class Recording:
 
     def __init__(self, model: nn.Module, summaries: tuple[Summary, ...], self_attention: bool) -> None:
         self.thread = threading.get_ident()
-        self._model, self._summaries = model, summaries
+        self._of, self._summaries = type(model).__name__, summaries
         self._kinds = ("cross", "memory", "self") if self_attention else ("cross", "memory")
         self._names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         self._looks = list(_looks_into(model, self_attention))
@@ -92,20 +92,16 @@ class Recording:
         for look in self._looks:
             self._seats.append(seat_at(look, self))
         for module in self._generating:
-            module.generation_watchers = (*getattr(module, "generation_watchers", ()), self)
+            watch(module, self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for seat in self._seats or ():
             seat.leave(self)
         for module in self._generating:
-            others = tuple(watcher for watcher in module.generation_watchers if watcher is not self)
-            if others:
-                module.generation_watchers = others
-            else:
-                del module.generation_watchers
+            unwatch(module, self)
         self._generations.clear()
-        self._looks, self._generating = [], []
+        self._seats, self._looks, self._generating = [], [], []  # the model may go
 
     # ------------------------------------------------------------------------------------------------- what was seen
 
@@ -153,7 +149,7 @@ class Recording:
         """
         from crossattention.views import pages
 
-        view = page_of(pages, self.layers, self._summaries, queries, context, item, title or type(self._model).__name__)
+        view = page_of(pages, self.layers, self._summaries, queries, context, item, title or self._of)
         path = Path(path)
         if path.suffix not in (".html", ".png", ".svg"):
             raise ValueError(f"view writes .html, .png or .svg, got {path.name!r}; choose one of these endings")
@@ -162,7 +158,7 @@ class Recording:
 
     def __repr__(self) -> str:
         rows = [f"  {layer.name}: {layer.kind}, {layer.heads} heads, {len(layer.calls)} calls" for layer in self._layers.values()]
-        return "\n".join([f"Recording of {type(self._model).__name__}, {len(rows)} layers", *rows])
+        return "\n".join([f"Recording of {self._of}, {len(rows)} layers", *rows])
 
     def _why_nothing(self) -> str:
         if self._seats is None:

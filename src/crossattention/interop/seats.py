@@ -103,6 +103,31 @@ def seat_at(look: Look, listener: Listener) -> Seat:
         return seat
 
 
+class Watchers(list[Any]):
+    """Who is told of a model's generation; a copy of the model tells nobody."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watchers:
+        return Watchers()
+
+    def __reduce__(self) -> Any:
+        return Watchers, ()
+
+
+def watch(model: nn.Module, listener: Listener) -> None:
+    """Tell a listener where `crossattention.models.generate` begins and ends with this model."""
+    with _lock:
+        model.__dict__.setdefault("generation_watchers", Watchers()).append(listener)
+
+
+def unwatch(model: nn.Module, listener: Listener) -> None:
+    """Tell it no more."""
+    with _lock:
+        watchers = model.__dict__["generation_watchers"]
+        watchers.remove(listener)
+        if not watchers:
+            del model.__dict__["generation_watchers"]
+
+
 def _same(method: Any) -> Any:
     """What a pickled seat is read back as: the method."""
     return method
