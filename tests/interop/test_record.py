@@ -7,10 +7,12 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossattention import CrossAttention, MemoryAttention, SelfAttention, attention_map, record_attention
 from crossattention.layers import Rotary
-from crossattention.maps import Argmax, Highlight, Rows, TopK
+from crossattention.maps import Argmax, Entropy, Highlight, Rows, TopK
+from crossattention.maps.blocks import BLOCK_SCORES
 from crossattention.models.generate import beam_search, greedy
 from crossattention.models.transformer import Transformer, TransformerConfig
 from oracle import MASKS, B, H, M, N, Z, make_inputs, make_layer, make_masks
@@ -201,6 +203,36 @@ def test_torch_s_transformer_shows_its_decoder_and_keeps_the_encoder_s_fast_path
     assert list(seen.layers) == ["decoder.layers.0.multihead_attn", "decoder.layers.1.multihead_attn"]
     with pytest.raises(ValueError, match="set_fastpath_enabled"):
         record_attention(model, self_attention=True)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [one for one in (out if isinstance(out, tuple | list) else [out]) if isinstance(one, torch.Tensor)]
+        is_view = any(one is arg or one._is_view() for one in made for arg in args)
+        self.numbers = max(self.numbers, *(0 if is_view else one.numel() for one in made), 0)
+        return out
+
+
+@pytest.mark.parametrize("make", [lambda: nn.MultiheadAttention(8, 2, batch_first=True), lambda: CrossAttention(8, heads=2)])
+@torch.no_grad()
+def test_the_matrix_is_never_made_whole(make):
+    n, m = 1500, 3000  # 9 million weights
+    model, a, b = make().eval(), torch.randn(1, n, 8), torch.randn(1, m, 8)
+    is_torch_s = isinstance(model, nn.MultiheadAttention)
+    run = (lambda: model(a, b, b, need_weights=False)) if is_torch_s else (lambda: model(a, b))
+    with record_attention(model, [TopK(2), Highlight(), Entropy()]) as seen, Largest() as largest:
+        run()
+    [layer] = seen.layers.values()
+    assert layer.merged.shape == (1, 2, n, m)
+    assert 0 < largest.numbers <= BLOCK_SCORES
+    assert_close(layer.merged[1].sum(-1), torch.full((1, 2), float(n)))
 
 
 # ------------------------------------------------------------------------------------------------------------ safety
