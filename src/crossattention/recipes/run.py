@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crossattention.checkpoints.files import read_json
 from crossattention.data.vocabulary import tokenizer_from_json
-from crossattention.models.pretrained import load
+from crossattention.models.pretrained import bundled, load
 from crossattention.recipes import g2p, seq2seq
 from crossattention.recipes.translator import Alignment, OnProgress, Prediction, Translator
 
@@ -69,10 +71,11 @@ def load_run(folder: str | Path) -> Run:
 
     Args:
         folder: what `crossattention train` wrote (its `best` is taken), or a folder with config.json,
-            model.safetensors and task.json itself.
+            model.safetensors and task.json itself; or the id of weights inside this package, as "g2p-small". A folder of
+            that name comes first.
 
     Returns:
-        The run, its model in evaluation mode on the CPU.
+        The run, its model in evaluation mode on the CPU, in float32 whatever it is stored in.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part of it is missing.
@@ -88,7 +91,7 @@ def load_run(folder: str | Path) -> Run:
         max_length = int(description["max_length"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'task.json'} is damaged or of another version: {error!r}; train again") from error
-    model = load(path)
+    model = load(path, dtype=torch.float32)  # half precision is how weights are stored, not how they are run
     sizes = (model.config.source_vocab_size, model.config.target_vocab_size)
     if sizes != (source.size, target.size):
         raise ValueError(
@@ -131,10 +134,13 @@ def evaluate(run: Run, *, beams: int = 1, on_progress: OnProgress | None = None)
 
 def _find_model(folder: Path) -> Path:
     """The folder that holds the weights of a run's folder, complete."""
+    if not folder.exists() and str(folder) in bundled():
+        return bundled()[str(folder)]
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise FileNotFoundError(
-            f"expected the folder of a run at {folder}, found {found}; `crossattention train g2p --out {folder}` makes one"
+            f"expected the folder of a run at {folder}, found {found}; `crossattention train g2p --out {folder}` makes one, "
+            f"and inside this package there are: {', '.join(bundled()) or 'none'}"
         )
     path = folder / "best" if (folder / "best").is_dir() else folder
     present = [name for name in _PARTS if (path / name).is_file()]
