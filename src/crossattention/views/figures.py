@@ -36,6 +36,8 @@ MOST_LABELS = 60
 MOST_PICTURES = 8
 MOST_CELLS = (600, 1_200)
 STRIP_CELLS = 64
+INCHES_OF_A_LETTER = 0.065
+JOINED = "\ufe0f\u200d"  # they make up an emoji, and show nothing themselves
 WIDEST = 7.2  # inches: two columns of a paper
 STYLE = {
     "font.size": 8.0,
@@ -108,7 +110,7 @@ class Labels:
         if not self.is_png or label.isascii():
             return label
         known = _characters()
-        return "".join(char if ord(char) in known or char in "\ufe0f\u200d" else f"⟦{ord(char):X}⟧" for char in label)
+        return "".join(char if ord(char) in known or char in JOINED else _code_point(char) for char in label)
 
     def of(self, side: Side, at: int) -> str:
         """The name of a position."""
@@ -122,6 +124,12 @@ class Labels:
             return self.text(side.leading[at])
         row, column = divmod(at - len(side.leading), side.columns)
         return f"{row},{column}"
+
+
+def _code_point(char: str) -> str:
+    """The code point of a character in brackets; a control character's own, not that of its symbol."""
+    number = ord(char)
+    return f"⟦{number - 0x2400 if 0x2400 <= number < 0x2421 else number:X}⟧"
 
 
 def _characters() -> frozenset[int]:
@@ -156,7 +164,11 @@ def _ribbons_and_matrix(figure: Any, view: AttentionView, selection: Selection, 
     width = min(WIDEST, max(2.6, 0.30 * max(n, m) + 0.9))
     cell = (width - 0.9) / m
     height = max(0.16, min(0.24, cell)) * n
-    figure.set_size_inches(width, 1.25 + height + 0.6)
+    names = [labels.of(view.queries, query) for query in range(n)]
+    is_turned = max(map(len, names)) > 3 and n > 6
+    turned = [labels.of(view.context, at) for at in range(m)] + (names if is_turned else [])
+    room = 2 * INCHES_OF_A_LETTER * max(0, max(map(len, turned)) - 3)  # for labels that stand upright
+    figure.set_size_inches(width, 1.85 + height + room)
     upper, lower = figure.subplots(2, 1, height_ratios=[1.25, height], sharex=True)
     _matrix(figure, lower, view, selection, labels)
     lower.tick_params(axis="x", labeltop=True)
@@ -164,8 +176,6 @@ def _ribbons_and_matrix(figure: Any, view: AttentionView, selection: Selection, 
     upper.set_ylim(1, 0)
     upper.set_axis_off()
     _bands(upper, selection)
-    names = [labels.of(view.queries, query) for query in range(n)]
-    is_turned = max(map(len, names)) > 3 and n > 6
     for query, name in enumerate(names):
         place = (query + 0.5) * m / n - 0.5
         upper.text(place, -0.04, name, ha="center", va="bottom", rotation=90 if is_turned else 0, parse_math=False)
@@ -271,7 +281,7 @@ def _outline_of_strongest(axes: Any, patches: np.ndarray, wide: float, high: flo
     if patches[row, column] <= 0:
         return
     axes.add_patch(Rectangle((column * wide, row * high), wide, high, fill=False, edgecolor="white", linewidth=1.2))
-    number = axes.text(0.03, 0.04, f"{patches[row, column]:.2f}", transform=axes.transAxes, color="white", fontsize=7, va="bottom")
+    number = axes.text(0.03, 0.04, f"{patches[row, column]:.2g}", transform=axes.transAxes, color="white", fontsize=7, va="bottom")
     number.set_bbox({"facecolor": "black", "alpha": 0.7, "linewidth": 0, "pad": 1.5})
 
 

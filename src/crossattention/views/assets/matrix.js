@@ -5,7 +5,7 @@ class Matrix {
     this.page = page;
     this.canvas = make("canvas", { role: "img" });
     this.legend = make("div");
-    this.element = panel("Matrix", "", make("div", { className: "matrix scroll" }, this.canvas), this.legend);
+    this.element = panel("Matrix", "", make("div", { className: "matrix across" }, this.canvas), this.legend);
     this.canvas.addEventListener("pointermove", (event) => page.hoverBoth(...this.cell(event)));
     this.canvas.addEventListener("pointerleave", () => page.hoverBoth(null, null));
     this.canvas.addEventListener("click", (event) => {
@@ -24,16 +24,14 @@ class Matrix {
   layout() {
     const { n, m } = this.rows, room = Math.max(220, this.element.clientWidth), context = this.canvas.getContext("2d");
     context.font = FONT(12);
-    const widest = (side, count, limit) => {
-      let width = 0;
-      for (let at = 0; at < Math.min(count, 400); at++) width = Math.max(width, context.measureText(cut(side.brief(at), 30)).width);
-      return Math.min(limit, Math.ceil(width) + 8);
-    };
-    this.left = widest(this.page.queries, n, Math.min(130, room / 3));
-    const labels = widest(this.page.context, m, 110);
-    this.cellWidth = Math.min(44, (room - this.left - 2) / m);
+    const widest = (labels, limit) => Math.min(limit, Math.ceil(Math.max(...labels.map((label) => context.measureText(label).width))) + 8);
     this.cellHeight = n <= 60 ? Math.max(16, Math.min(28, 560 / n)) : Math.max(1, Math.min(12, 700 / n));
-    this.isTurned = labels > this.cellWidth + 2;
+    this.rowLabels = labelsOf(this.page.queries, this.cellHeight, 13);
+    this.left = widest(this.rowLabels.map(([, label]) => label), Math.min(130, room / 3));
+    this.cellWidth = Math.min(44, (room - this.left - 2) / m);
+    this.columnLabels = labelsOf(this.page.context, this.cellWidth, 14, 44);
+    const labels = widest(this.columnLabels.map(([, label]) => label), 110);
+    this.isTurned = labels - 8 > this.cellWidth && this.columnLabels.length === m;
     this.top = this.isTurned ? labels + 4 : 20;
     this.size = [this.left + this.cellWidth * m + 2, this.top + this.cellHeight * n + 2];
   }
@@ -114,26 +112,22 @@ class Matrix {
   }
 
   paintLabels(context) {
-    const { rows, left, top, cellWidth, cellHeight } = this, { queries, context: side } = this.page;
+    const { left, top, cellWidth, cellHeight } = this, isEach = this.columnLabels.length === this.rows.m;
     context.font = FONT(12);
     context.fillStyle = styleOf("--ink");
     context.textBaseline = "middle";
     context.textAlign = "right";
-    const everyRow = Math.ceil(13 / cellHeight), everyColumn = Math.ceil((this.isTurned ? 14 : 4) / cellWidth);
-    for (let query = 0; query < rows.n; query += everyRow) {
-      const label = everyRow > 1 && queries.kind === "text" ? whole(query) : queries.brief(query);
+    for (const [query, label] of this.rowLabels) {
       context.fillText(fitted(context, label, left - 6), left - 5, top + (query + 0.5) * cellHeight);
     }
-    const every = everyColumn > 1 ? Math.ceil(46 / cellWidth) : 1;
-    for (let position = 0; position < rows.m; position += every) {
-      const x = left + (position + 0.5) * cellWidth;
+    for (const [position, label] of this.columnLabels) {
       context.save();
-      context.translate(x, top - 5);
+      context.translate(left + (position + 0.5) * cellWidth, top - 5);
       if (this.isTurned) context.rotate(-Math.PI / 2);
       context.textAlign = this.isTurned ? "left" : "center";
       context.textBaseline = this.isTurned ? "middle" : "alphabetic";
-      const label = every > 1 && side.kind === "text" ? whole(position) : side.brief(position);
-      context.fillText(fitted(context, label, this.isTurned ? top - 8 : cellWidth + 2), 0, 0);
+      const room = this.isTurned ? top - 8 : isEach ? cellWidth + 2 : 60;
+      context.fillText(fitted(context, label, room), 0, 0);
       context.restore();
     }
   }
@@ -146,4 +140,15 @@ class Matrix {
     if (query !== null) context.strokeRect(left - 1, top + query * cellHeight - 1, cellWidth * rows.m + 1, height + 1);
     if (position !== null) context.strokeRect(left + position * cellWidth - 1, top - 1, width + 1, cellHeight * rows.n + 1);
   }
+}
+
+/**
+ * [position, label] of the positions that are labelled: each by its name where cells are wide enough, else some by number (of
+ * a sound by time), in steps that are easy to count with.
+ */
+function labelsOf(side, cell, least, wide = least) {
+  const count = side.length;
+  if (cell >= least) return Array.from({ length: count }, (_, at) => [at, cut(side.brief(at), 30)]);
+  const step = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 2500, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6].find((one) => one * cell >= wide + 6 * (count > 9999)) || count;
+  return Array.from({ length: Math.ceil(count / step) }, (_, i) => [i * step, side.kind === "sound" ? side.brief(i * step) : whole(i * step)]);
 }

@@ -7,9 +7,9 @@ class Picture {
     Object.assign(this, { side, page });
     const [width, height] = side.size;
     this.image = make("img", { src: side.source, alt: `The picture, in ${side.rows} by ${side.columns} patches` });
-    this.image.width = Math.round(width * Math.max(1, Math.min(560 / width, 560 / height)));
     this.canvas = make("canvas", { role: "img" });
     const figure = make("div", { className: "figure" }, this.image, this.canvas);
+    figure.style.width = `${Math.round(width * Math.min(560 / width, 560 / height))}px`;
     figure.style.aspectRatio = `${width} / ${height}`;
     this.legend = make("div");
     this.veil = make("input", { type: "range", min: 0, max: 100, value: 65, oninput: () => page.refresh() });
@@ -35,15 +35,15 @@ class Picture {
     this.canvas.style.width = this.canvas.style.height = "";
     const cellWidth = width / side.columns, cellHeight = height / side.rows, first = side.leading.length;
     this.element.note.textContent = found ? `Shown: ${found.what}. Patches are counted from 0; the ${FRAMED} strongest are framed.` : "Choose a position of the other side to see which patches read it.";
-    this.legend.replaceChildren(found ? scaleBar(found.largest, found.unit, "over") : "");
+    const largest = found ? largestOf(found.values.subarray(first)) : 0;
+    this.legend.replaceChildren(found ? scaleBar(largest, found.unit, "over") : "");
     if (found) this.leading.mark(found.values);
-    context.globalAlpha = this.veil.value / 100;
-    for (let at = first; found && at < side.length; at++) {
-      const { row, column } = side.patch(at);
-      context.fillStyle = heat(found.largest ? found.values[at] / found.largest : 0, "over");
-      context.fillRect(column * cellWidth, row * cellHeight, cellWidth + 0.5, cellHeight + 0.5);
+    if (found) {
+      context.globalAlpha = this.veil.value / 100;
+      context.imageSmoothingEnabled = false;
+      context.drawImage(this.patches(found.values, largest), 0, 0, width, height);
+      context.globalAlpha = 1;
     }
-    context.globalAlpha = 1;
     const order = found ? Array.from({ length: side.length - first }, (_, i) => i + first).filter((at) => found.values[at] > 0) : [];
     order.sort((a, b) => found.values[b] - found.values[a]);
     for (const at of order.slice(0, FRAMED)) this.frame(context, at, cellWidth, cellHeight, "#fff", 1.5, cellWidth > 26 ? written(found.values[at]) : "");
@@ -51,6 +51,17 @@ class Picture {
     if (chosen !== null && chosen >= first) this.frame(context, chosen, cellWidth, cellHeight, "#ff7a1a", 3, "");
     const best = order.length ? `${side.describe(order[0])}, ${written(found.values[order[0]])}` : "none";
     this.canvas.setAttribute("aria-label", `Heat over ${side.rows} by ${side.columns} patches; the strongest is ${best}`);
+  }
+
+  /** The heat as a picture of one pixel a patch. */
+  patches(values, largest) {
+    const { rows, columns, leading } = this.side, canvas = make("canvas", { width: columns, height: rows });
+    const image = new ImageData(columns, rows);
+    for (let i = 0; i < rows * columns; i++) {
+      image.data.set([...rgb(largest ? values[leading.length + i] / largest : 0, "over"), 255], 4 * i);
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    return canvas;
   }
 
   frame(context, at, cellWidth, cellHeight, colour, thick, label) {

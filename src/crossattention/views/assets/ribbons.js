@@ -25,8 +25,9 @@ class Tokens {
     const items = [];
     for (let at = first; at < Math.min(first + count, this.side.length); at++) {
       const number = make("span", { className: "number" });
-      const place = make("span", { className: "place", textContent: at });
-      const button = make("button", { className: "token", type: "button", tabIndex: -1, at, number }, place, text(this.side.label(at) || this.side.brief(at)), number);
+      const name = this.side.kind === "text" || this.side.label(at) ? this.side.label(at) : "";
+      const place = make("span", { className: "place", textContent: whole(at) });
+      const button = make("button", { className: "token", type: "button", tabIndex: -1, at, number }, place, text(name), number);
       button.setAttribute("aria-label", `${this.side.isRead ? "Context" : "Query"} ${at}: ${cut(this.side.describe(at), 200)}`);
       this.buttons.push(button);
       items.push(make("li", {}, button));
@@ -123,7 +124,7 @@ class TokenList {
   constructor(side, page) {
     this.page = page;
     this.tokens = new Tokens(side, page);
-    this.tokens.list.classList.add("list", side.role === "queries" ? "context" : "context");
+    this.tokens.list.classList.add("list", "context");
     this.count = 400;
     const buttons = make("div", { className: "pages" });
     if (side.length > this.count) {
@@ -134,7 +135,7 @@ class TokenList {
         this.where,
       );
     }
-    this.element = panel(side.title, "Hover or choose one to see what belongs to it; Esc goes back to all.", buttons, make("div", { className: "scroll" }, this.tokens.list));
+    this.element = panel(side.title, "Hover or choose one to see what belongs to it; Esc goes back to all.", buttons, make("div", { className: "scroll low" }, this.tokens.list));
     this.turn(0);
   }
 

@@ -26,7 +26,7 @@ class Side {
     if (this.kind === "sound") return this.time(at);
     if (this.kind === "image" && at >= this.leading.length) {
       const patch = this.patch(at);
-      return `patch in row ${patch.row}, column ${patch.column}`;
+      return `row ${patch.row}, column ${patch.column}`;
     }
     return label ? `“${cut(label, 60)}”` : `position ${whole(at)}`;
   }
@@ -47,9 +47,8 @@ class Side {
     return { row: Math.floor(inside / this.columns), column: inside % this.columns };
   }
 
-  time(at) {
-    const from = at * this.secondsPerPosition;
-    return `${seconds(from)}–${seconds(from + this.secondsPerPosition)} s`;
+  time(at, end = at + 1) {
+    return `${seconds(at * this.secondsPerPosition)}–${seconds(end * this.secondsPerPosition)} s`;
   }
 
   /** Positions whose label holds a text, or the position that is a number written there. */

@@ -20,10 +20,11 @@ class Sound {
     this.audio.addEventListener("pause", () => delete this.until);
   }
 
-  play(at) {
+  /** Play from the first of some positions up to the one after the last. */
+  play(from, to) {
     const length = this.side.secondsPerPosition;
-    this.audio.currentTime = at * length;
-    this.until = Math.min(this.side.seconds, (at + 1) * length);
+    this.audio.currentTime = from * length;
+    this.until = Math.min(this.side.seconds, to * length);
     this.audio.play();
   }
 
@@ -42,12 +43,12 @@ class Sound {
     this.width = Math.max(300, this.element.clientWidth);
     const context = sized(this.canvas, this.width, SPECTRUM_HEIGHT + LANE + AXIS + 8), room = this.width - MARGIN - 1;
     const found = page.valuesOf(side), x = (time) => MARGIN + (time / this.total) * room;
-    this.element.note.textContent = found ? `Shown: ${found.what}. Above the spectrogram, below the weights of each span.` : "Choose a position of the other side to see which spans read it.";
+    this.element.note.textContent = found ? `Shown: ${found.what}. Above the spectrogram, below the weight of each span.` : "Choose a position of the other side to see which spans read it.";
     this.spectrum(context, x);
     this.axes(context, x, found);
     if (found) this.lane(context, x, found);
     const chosen = side.isRead ? shown.position : shown.query;
-    if (chosen !== null) this.outline(context, x, chosen, styleOf("--mark"));
+    if (chosen !== null) this.outline(context, x, chosen, chosen + 1, styleOf("--mark"));
     if (this.audio.currentTime > 0) {
       context.fillStyle = styleOf("--mark");
       context.fillRect(x(this.audio.currentTime) - 1, 0, 2, SPECTRUM_HEIGHT + LANE + 4);
@@ -104,28 +105,37 @@ class Sound {
       const height = largest ? (values[at] / largest) * (LANE - 6) : 0, from = x(at * length), to = x((at + 1) * length);
       context.fillRect(from, bottom - height, Math.max(0.75, to - from - (to - from > 3 ? 1 : 0)), height);
     }
-    for (const at of this.strongest(values, largest)) this.outline(context, x, at, styleOf("--accent"));
+    for (const [first, end] of this.strongest(values, largest)) this.outline(context, x, first, end, styleOf("--accent"));
   }
 
-  /** Spans that receive at least half of the most, at most five. */
+  /** Runs of neighbours that each receive at least half of the most, as [first, end]; the first eight. */
   strongest(values, largest) {
-    const order = Array.from(values.keys()).filter((at) => values[at] > 0 && values[at] >= largest / 2);
-    return order.sort((a, b) => values[b] - values[a]).slice(0, 5);
+    const runs = [];
+    for (let at = 0; at < values.length && largest > 0; at++) {
+      if (values[at] < largest / 2) continue;
+      if (runs.length && runs.at(-1)[1] === at) runs.at(-1)[1]++;
+      else runs.push([at, at + 1]);
+    }
+    return runs.slice(0, 8);
   }
 
-  outline(context, x, at, colour) {
-    const length = this.side.secondsPerPosition, from = x(at * length), to = x((at + 1) * length);
+  outline(context, x, first, end, colour) {
+    const length = this.side.secondsPerPosition, from = x(first * length), to = x(end * length);
     context.strokeStyle = colour;
     context.lineWidth = 2;
     context.strokeRect(from, 1, Math.max(2, to - from), SPECTRUM_HEIGHT - 2);
   }
 
   offer(found) {
-    const spans = found ? this.strongest(found.values, found.largest) : [], key = spans.join();
+    const spans = found ? this.strongest(found.values, found.largest) : [], key = spans.join(";");
     if (key === this.offered) return;
     this.offered = key;
-    const button = (at) => make("button", { className: "plain", type: "button", textContent: `▶ ${this.side.time(at)}`, onclick: () => this.play(at) });
-    this.spans.replaceChildren(...spans.map(button));
+    const button = ([first, end]) => {
+      const sum = found.values.slice(first, end).reduce((a, b) => a + b, 0);
+      const words = `▶ ${this.side.time(first, end)}: ${written(sum)}`;
+      return make("button", { className: "plain", type: "button", textContent: words, onclick: () => this.play(first, end) });
+    };
+    this.spans.replaceChildren(...(spans.length ? ["Half of the most or more: "] : []), ...spans.map(button));
     this.spans.style.flexWrap = "wrap";
     this.spans.style.marginTop = "8px";
   }

@@ -72,7 +72,7 @@ class Heads {
   draw() {
     const { layer, head } = this.page.state, name = scheme();
     for (const button of this.buttons) {
-      const isAll = layer < 0 && head < 0; // every head is part of what is shown, so none is marked
+      const isAll = head < 0 && (layer < 0 || this.page.attention.layers.length === 1); // then none need be marked
       button.setAttribute("aria-pressed", !isAll && (layer < 0 || button.layer === layer) && (head < 0 || button.head === head));
       if (this.drawn !== name) {
         button.style.background = heat(button.share);
