@@ -88,20 +88,18 @@ def test_hovering_a_query_tells_what_it_reads_and_a_position_who_reads_it(show):
     mean = np.mean([layer.weights.mean(0) for layer in view.layers], 0)
     browser.move(*centre(browser, ".queries .token"))
     best = int(mean[0].argmax())
-    assert f"query 0 “S” reads “{'serif'[best]}” {mean[0, best]:.3f}" in browser.evaluate(READOUT)
+    assert f"query 0 “S” reads “{'serif'[best]}”: {mean[0, best]:.3f}" in browser.evaluate(READOUT)
     numbers = browser.evaluate("[...document.querySelectorAll('.ribbons .context .number')].map(e => e.textContent)")
     assert [float(number) for number in numbers] == pytest.approx(mean[0], rel=1e-2)
     browser.move(*centre(browser, ".ribbons .context .token"))
-    assert f"“s” at 0 receives {mean[:, 0].sum():.3f}"[:24] in browser.evaluate(READOUT)
+    assert f"position 0 “s” receives {mean[:, 0].sum():.2f}" in browser.evaluate(READOUT)
 
 
 def test_the_table_has_the_numbers_of_the_chosen_head(show):
     view = text_view()
     browser = show(view, fragment="#layer=1&head=2&query=1")
-    found = browser.evaluate(
     cells = "row => [...row.cells].slice(0, 3).map(cell => cell.textContent)"
     found = browser.evaluate(f"[...document.querySelectorAll('caption + thead + tbody tr')].map({cells})")
-    )
     weights = view.layers[1].weights[2, 1]
     order = np.argsort(-weights)
     assert [int(position) for position, _, _ in found] == order.tolist()
@@ -116,10 +114,10 @@ def test_keys_choose_layers_heads_queries_and_search(show):
     browser.press("ArrowDown", "ArrowDown")
     assert "query 1 “EH” reads" in browser.evaluate(READOUT)
     browser.press("ArrowRight")
-    assert "“s” at 0 receives" in browser.evaluate(READOUT)
+    assert "position 0 “s” receives" in browser.evaluate(READOUT)
     browser.press("Escape", "/", "e", "Enter")
     assert "(2 found)" in browser.evaluate("document.getElementById('tools').textContent")
-    assert "“e” at 1 receives" in browser.evaluate(READOUT)
+    assert "position 1 “e” receives" in browser.evaluate(READOUT)
     browser.press("Escape")
     assert "the largest weight is" in browser.evaluate(READOUT)
 
@@ -133,19 +131,19 @@ def test_an_address_that_names_nothing_is_passed_over(show):
 def test_a_word_lights_the_patch_that_it_reads_in_its_place(show):
     browser = show(picture_view(), fragment="#query=2")
     assert browser.evaluate("crossattentionPage.panels[1].image.complete") is True
-    pixels = "(at => [...crossattentionPage.panels[1].canvas.getContext('2d').getImageData(...at(crossattentionPage.panels[1].canvas), 1, 1).data])"
+    canvas = "crossattentionPage.panels[1].canvas"
+    pixels = f"(at => [...{canvas}.getContext('2d').getImageData(...at({canvas}), 1, 1).data])"
     light = browser.evaluate(f"{pixels}(c => [c.width - 12, c.height - 12])")
     dark = browser.evaluate(f"{pixels}(c => [12, 12])")
     assert light[0] > 200 > 60 > dark[0]
-    assert "row 5, column 7 0.750" in browser.evaluate(READOUT)
+    assert "row 5, column 7: 0.750" in browser.evaluate(READOUT)
     assert "row 5, column 7, 0.750" in browser.evaluate("crossattentionPage.panels[1].canvas.getAttribute('aria-label')")
 
 
 def test_a_letter_names_the_time_that_it_reads_and_the_sound_can_be_played(show):
     browser = show(sound_view(), fragment="#query=1")
-    browser.evaluate(
-        "new Promise(done => { const a = document.querySelector('audio'); a.readyState ? done() : a.addEventListener('loadedmetadata', done); })"
-    )
+    is_ready = "const a = document.querySelector('audio'); a.readyState ? done() : a.addEventListener('loadedmetadata', done);"
+    browser.evaluate(f"new Promise(done => {{ {is_ready} }})")
     assert browser.evaluate("document.querySelector('audio').duration") == pytest.approx(0.8, abs=0.01)
     buttons = browser.evaluate("[...document.querySelectorAll('button.plain')].map(b => b.textContent)")
     assert buttons == ["▶ 0.20\u20130.28 s: 0.800"]
@@ -162,7 +160,7 @@ def test_strips_go_from_50_000_positions_down_to_one(show):
     last = strips[-1]
     assert last[0] <= 31_415 < last[0] + last[1]
     browser.press("/", *"seven", "Enter")
-    assert "“seven” at 7 receives" in browser.evaluate(READOUT)
+    assert "position 7 “seven” receives" in browser.evaluate(READOUT)
     assert browser.evaluate("document.querySelectorAll('.strip')[2].level.first") == 0
 
 
@@ -194,9 +192,8 @@ def test_memory_shows_the_keys_of_the_chosen_token(show):
 def test_texts_can_be_read_on_their_ground(scheme, show):
     """The contrast of each text colour with the paper, as WCAG 2 defines it: at least 4.5."""
     browser = show(text_view(), scheme=scheme)
-    colours = browser.evaluate(
-        "['--paper', '--ink', '--quiet', '--accent', '--mark'].map(n => getComputedStyle(document.documentElement).getPropertyValue(n).trim())"
-    )
+    value = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
+    colours = browser.evaluate(f"['--paper', '--ink', '--quiet', '--accent', '--mark'].map({value})")
     paper, *inks = map(luminance, colours)
     for ink in inks:
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5

@@ -22,7 +22,7 @@ class MemoryPage {
   tools() {
     this.choice = make("select", { onchange: () => this.choose(Number(this.choice.value), this.token) });
     this.data.layers.forEach((layer, i) => this.choice.append(make("option", { value: i, textContent: `${i}: ${layer.name}` })));
-    this.search = make("input", { type: "search", placeholder: "promoted symbol, text or key", oninput: () => this.draw() });
+    this.search = make("input", { type: "search", placeholder: "symbol, text or key", oninput: () => this.draw() });
     const keys = [["← →", "the token before, the next"], ["l  L", "the next layer, the one before"], ["/", "search"], ["Esc", "end of search"]];
     const list = make("dl", {}, ...keys.flatMap(([key, what]) => [make("dt", {}, make("kbd", { textContent: key })), make("dd", { textContent: what })]));
     const help = make("details", { className: "keys" }, make("summary", { textContent: "Keys" }), list);

@@ -105,7 +105,7 @@ class Page {
     }
     const values = new Float32Array(side.length);
     for (const [place, weight] of side.isRead ? rows.row(at) : rows.column(at)) values[place] = weight;
-    return { values, largest: largestOf(values), unit: "weight", what: side.isRead ? `what query ${whole(at)} ${other.describe(at)} reads` : `who reads ${other.describe(at)}` };
+    return { values, largest: largestOf(values), unit: "weight", what: side.isRead ? `what query ${other.numbered(at)} reads` : `which queries read position ${other.numbered(at)}` };
   }
 
   // ------------------------------------------------------------------------------------------------ the drawing
@@ -139,10 +139,12 @@ class Page {
       return;
     }
     const best = (pairs) => pairs.sort((a, b) => b[1] - a[1]).slice(0, 3);
+    const listed = (side, pairs) => best(pairs).map(([at, weight]) => `${side.describe(at)}: ${written(weight)}`).join("; ") || "nothing that is kept";
+    const read = position === null ? "" : `position ${this.context.numbered(position)}`;
     let words;
-    if (query !== null && position !== null) words = `: query ${whole(query)} ${this.queries.describe(query)} reads ${this.context.describe(position)} at ${whole(position)} with ${written(rows.weight(query, position))}`;
-    else if (query !== null) words = `: query ${whole(query)} ${this.queries.describe(query)} reads ${best(rows.row(query)).map(([at, weight]) => `${this.context.describe(at)} ${written(weight)}`).join(", ") || "nothing"}`;
-    else words = `: ${this.context.describe(position)} at ${whole(position)} receives ${written(this.mass.values[position])}; most from ${best(rows.column(position)).map(([at, weight]) => `${this.queries.describe(at)} ${written(weight)}`).join(", ") || "none that is kept"}`;
+    if (query !== null && read) words = `: query ${this.queries.numbered(query)} reads ${read} with ${written(rows.weight(query, position))}`;
+    else if (query !== null) words = `: query ${this.queries.numbered(query)} reads ${listed(this.context, rows.row(query))}`;
+    else words = `: ${read} receives ${written(this.mass.values[position])} in sum, most from ${listed(this.queries, rows.column(position))}`;
     this.readout.replaceChildren(strong, make("bdi", { textContent: words }));
   }
 

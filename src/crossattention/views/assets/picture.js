@@ -34,7 +34,7 @@ class Picture {
     const found = page.valuesOf(side), context = sized(this.canvas, width, height);
     this.canvas.style.width = this.canvas.style.height = "";
     const cellWidth = width / side.columns, cellHeight = height / side.rows, first = side.leading.length;
-    this.element.note.textContent = found ? `Shown: ${found.what}. Patches are counted from 0; the ${FRAMED} strongest are framed.` : "Choose a position of the other side to see which patches read it.";
+    this.element.note.textContent = found ? `Shown: ${found.what}. Patches are counted from 0; the ${FRAMED} strongest are framed, with their weights or, where patches are small, their ranks.` : "Choose a position of the other side to see which patches read it.";
     const largest = found ? largestOf(found.values.subarray(first)) : 0;
     this.legend.replaceChildren(found ? scaleBar(largest, found.unit, "over") : "");
     if (found) this.leading.mark(found.values);
@@ -46,7 +46,10 @@ class Picture {
     }
     const order = found ? Array.from({ length: side.length - first }, (_, i) => i + first).filter((at) => found.values[at] > 0) : [];
     order.sort((a, b) => found.values[b] - found.values[a]);
-    for (const at of order.slice(0, FRAMED)) this.frame(context, at, cellWidth, cellHeight, "#fff", 1.5, cellWidth > 26 ? written(found.values[at]) : "");
+    const isRoomy = cellWidth >= 44; // else the number is in the table, and the patch has its rank
+    order.slice(0, FRAMED).forEach((at, rank) => {
+      this.frame(context, at, cellWidth, cellHeight, "#fff", 1.5, isRoomy ? written(found.values[at]) : cellWidth > 16 ? String(rank + 1) : "");
+    });
     const chosen = side.isRead ? shown.position : shown.query;
     if (chosen !== null && chosen >= first) this.frame(context, chosen, cellWidth, cellHeight, "#ff7a1a", 3, "");
     const best = order.length ? `${side.describe(order[0])}, ${written(found.values[order[0]])}` : "none";

@@ -25,8 +25,8 @@ class Tokens {
     const items = [];
     for (let at = first; at < Math.min(first + count, this.side.length); at++) {
       const number = make("span", { className: "number" });
-      const name = this.side.kind === "text" || this.side.label(at) ? this.side.label(at) : "";
-      const place = make("span", { className: "place", textContent: whole(at) });
+      const label = this.side.label(at), name = this.side.kind === "text" || label ? label : `position ${whole(at)}`;
+      const place = make("span", { className: "place", textContent: name === label ? whole(at) : "" });
       const button = make("button", { className: "token", type: "button", tabIndex: -1, at, number }, place, text(name), number);
       button.setAttribute("aria-label", `${this.side.isRead ? "Context" : "Query"} ${at}: ${cut(this.side.describe(at), 200)}`);
       this.buttons.push(button);

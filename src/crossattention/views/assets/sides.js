@@ -31,6 +31,12 @@ class Side {
     return label ? `“${cut(label, 60)}”` : `position ${whole(at)}`;
   }
 
+  /** A position by its number, and by its name where it has one. */
+  numbered(at) {
+    if (this.kind === "text" || this.label(at)) return `${whole(at)} “${cut(this.label(at), 60)}”`;
+    return this.kind === "long" ? whole(at) : `${whole(at)} (${this.describe(at)})`;
+  }
+
   /** What fits into a narrow place. */
   brief(at) {
     if (this.kind === "sound") return seconds(at * this.secondsPerPosition);

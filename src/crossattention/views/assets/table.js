@@ -13,11 +13,11 @@ class Table {
 
   draw({ rows, query, position, mass }) {
     const { queries, context } = this.page;
-    if (query !== null) this.fill(`Query ${whole(query)} ${queries.describe(query)} reads`, context, rows.row(query), "weight", "of its attention, not shown or not kept");
-    else if (position !== null) this.fill(`Position ${whole(position)} ${context.describe(position)} is read by`, queries, rows.column(position), "weight", "in all other queries");
+    if (query !== null) this.fill(`Query ${queries.numbered(query)} reads`, context, rows.row(query), "weight", "of its attention is on other positions");
+    else if (position !== null) this.fill(`Position ${context.numbered(position)} is read by`, queries, rows.column(position), "weight", "comes from other queries");
     else {
       const pairs = Array.from(mass.values, (value, at) => [at, value]).filter(([, value]) => value > 0);
-      this.fill("What is read most: the weights of all queries in sum", context, pairs, "mass", "in all other positions");
+      this.fill("What is read most: the weights of all queries in sum", context, pairs, "mass", "is on other positions");
     }
   }
 
