@@ -115,6 +115,7 @@ class Strips {
       context.lineWidth = 2;
       context.strokeRect(open * step, 1, Math.max(3, step - 1), STRIP_HEIGHT - 2);
     }
+    strip.style.maxWidth = `${width}px`; // so that the ends of the axis stay under those of the strip in print
     const [above, , below] = strip.children, per = size === 1 ? "one position a cell" : `${whole(size)} positions a cell`;
     const at = (cell) => this.side.brief(Math.min(first + cell * size, first + length - 1));
     above.replaceChildren(make("span", { className: "what", textContent: `${per}; the tallest is ${written(most > 1e-30 ? most : 0)}` }));
