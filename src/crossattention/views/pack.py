@@ -17,6 +17,7 @@ import numpy as np
 from crossattention.views.content import AttentionLayer, AttentionView
 
 BYTES_OF_BASE64 = 4 / 3
+FEWEST_BESIDE_A_HIGHLIGHT = 4  # of a query; rather than fewer, the highlight is left out
 BYTES_OF_A_LAYER = 400  # its name and the words around its numbers
 
 
@@ -65,11 +66,10 @@ def _choices(view: AttentionView) -> Iterator[Choice]:
     if all(layer.weights is not None for layer in view.layers):
         yield Choice(None, "each")
     most = max(layer.top_indices.shape[2] for layer in view.layers)
+    fewer = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power < most)}, reverse=True)
     yield Choice(most, "each")
-    for k in sorted({most, *(2**power for power in range(most.bit_length()) if 2**power < most)}, reverse=True):
-        for highlight in ("each", "mean", "none"):
-            if k == 1 or highlight != "none":
-                yield Choice(k, highlight)
+    yield from (Choice(k, "mean") for k in fewer if k >= min(FEWEST_BESIDE_A_HIGHLIGHT, most))
+    yield from (Choice(k, "none") for k in fewer)
 
 
 def _bytes(view: AttentionView, choice: Choice) -> float:

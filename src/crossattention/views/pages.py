@@ -94,7 +94,8 @@ def write_page(
         layer: which layer is shown first; None for the mean over all, of a feed-forward view for the last.
         head: which head of it; None for the mean over all; a feed-forward view has no heads.
         max_bytes: the most bytes of the file. What does not fit is left out, and the page says so: first all weights but the
-            largest that the view keeps, then the highlight of each head but their mean, then more and more of the smaller weights.
+            largest that the view keeps, then the highlight of each head but their mean, then the smaller weights down to four a
+            query, then the highlight in the place of these.
 
     Returns:
         The path written. The same view gives the same bytes.
