@@ -31,6 +31,7 @@ from crossattention.views.spectrum import spectrogram
 
 FORMATS = (".png", ".svg")
 COLOURS = "cividis"
+DARK_INK_FROM = 0.47  # of the scale: there black and white have the same contrast with cividis, 4.6
 MOST_RIBBONS = 36  # tokens of a side
 MOST_LABELS = 60
 MOST_PICTURES = 8
@@ -232,7 +233,7 @@ def _cell_numbers(axes: Any, selection: Selection) -> None:
     for query, position, weight in zip(selection.queries, selection.positions, selection.weights, strict=True):
         if weight >= 0.005:
             digits = "1" if weight >= 0.995 else f"{weight:.2f}"[1:]
-            ink = "black" if weight > 0.55 * selection.largest else "white"
+            ink = "black" if weight > DARK_INK_FROM * selection.largest else "white"
             axes.text(position, query, digits, ha="center", va="center", fontsize=6, color=ink)
 
 
@@ -362,7 +363,7 @@ def _memory(figure: Any, view: FeedForwardView, layer: MemoryLayer, labels: Labe
                 continue
             key = int(layer.top_keys[row, column])
             symbols = " ".join(labels.text(symbol, 10) for symbol, _ in layer.keys[key].promotes[:4])
-            ink = "black" if coefficient > 0.55 * largest else "white"
+            ink = "black" if coefficient > DARK_INK_FROM * largest else "white"
             text = f"key {key:,}: {coefficient:.2f}\n{symbols}"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color=ink, parse_math=False)
     _scale(figure, image, axes, "coefficient")
