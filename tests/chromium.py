@@ -51,6 +51,7 @@ class Chromium:
         self.session: str | None = None
         (target,) = (info for info in self.ask("Target.getTargets")["targetInfos"] if info["type"] == "page")
         self.session = self.ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        self.ask("Performance.enable", timeDomain="threadTicks")
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.ask(f"{domain}.enable")
 
@@ -136,6 +137,12 @@ class Chromium:
         printed = self.ask("Page.printToPDF", printBackground=True, preferCSSPageSize=False)
         file.write_bytes(base64.b64decode(printed["data"]))
         return file
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the page's main thread has computed since it was opened, in seconds of a processor: waiting does not count."""
+        metrics = {metric["name"]: metric["value"] for metric in self.ask("Performance.getMetrics")["metrics"]}
+        return metrics["TaskDuration"]
 
     @property
     def complaints(self) -> list[str]:

@@ -167,10 +167,13 @@ def test_strips_go_from_50_000_positions_down_to_one(show):
 
 def test_a_page_of_26_layers_opens_within_two_seconds_and_changes_head_at_once(show, browser, tmp_path):
     path = write_page(large_view(), tmp_path / "large.html")
-    assert min(browser.open(path) for _ in range(3)) < 2.0
+    browser.open(path)
+    assert 0.0 < browser.busy_seconds < 2.0  # of a processor, so that a busy machine does not decide
     assert browser.complaints == []
-    work = "crossattentionPage.choose(17, 3); crossattentionPage.draw();"
-    assert browser.evaluate(f"(() => {{ const t = performance.now(); {work} return performance.now() - t; }})()") < 1_000
+    before = browser.busy_seconds
+    browser.evaluate("crossattentionPage.choose(17, 3); crossattentionPage.draw();")
+    assert browser.busy_seconds - before < 0.5
+    assert "model.decoder.layers.17, head 3" in browser.evaluate(READOUT)
 
 
 def test_memory_shows_the_keys_of_the_chosen_token(show):

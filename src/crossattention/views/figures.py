@@ -42,7 +42,7 @@ JOINED = "\ufe0f\u200d"  # they make up an emoji, and show nothing themselves
 WIDEST = 7.2  # inches: two columns of a paper
 STYLE = {
     "font.size": 8.0,
-    "font.family": ["DejaVu Sans"],
+    "font.family": ["DejaVu Sans", "sans-serif"],
     "axes.titlesize": 8.0,
     "axes.linewidth": 0.6,
     "svg.fonttype": "none",
