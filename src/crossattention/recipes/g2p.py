@@ -106,6 +106,11 @@ class G2PTask:
         )
 
     @property
+    def sample_source(self) -> str:
+        """The text that is drawn at each evaluation."""
+        return SAMPLE_WORD
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches that hold every training pronunciation once."""
         return self.learner.steps_per_epoch
@@ -206,6 +211,12 @@ def unseen_words(translator: Translator, *, stressed: bool, count: int = 10) -> 
         UnseenWord(word, prediction.text, to_ipa(prediction.text), references)
         for (word, references), prediction in zip(words.items(), predictions, strict=True)
     ]
+
+
+def training_pairs(*, stressed: bool, count: int) -> list[tuple[str, str]]:
+    """Some training words with their first pronunciations, always the same ones."""
+    words = _first_by_hash(words_by_part(stressed=stressed)["train"], count)
+    return [(word, pronunciations[0]) for word, pronunciations in words.items()]
 
 
 def score_test_words(

@@ -17,7 +17,10 @@ from crossattention.checkpoints.files import read_json
 from crossattention.data.vocabulary import tokenizer_from_json
 from crossattention.models.pretrained import bundled, load
 from crossattention.recipes import g2p, seq2seq
+from crossattention.recipes.feed_forward_view import feed_forward_view
 from crossattention.recipes.translator import Alignment, OnProgress, Prediction, Translator
+from crossattention.recipes.translator_view import attention_view
+from crossattention.views.content import AttentionView, FeedForwardView
 
 RECIPES = (g2p.RECIPE, seq2seq.RECIPE)
 
@@ -64,6 +67,48 @@ class Run:
     def align(self, text: str, predicted: str) -> Alignment:
         """What each token of a prediction read of the text; see `Translator.align`."""
         return self.translator.align(g2p.letters_of(text) if self.recipe == g2p.RECIPE else text, predicted)
+
+    def view(self, text: str, answer: str | None = None) -> AttentionView:
+        """What a prediction read of a text, in every layer and head, for `views.pages.write_page` and `views.figures`.
+
+        Args:
+            text: what the model reads.
+            answer: what it writes; without it, its own best prediction.
+
+        Raises:
+            ValueError: the text is empty, or the model writes nothing for it.
+            UnknownSymbol: a symbol of the text or of the answer was never seen in training.
+        """
+        return attention_view(self.translator, *self._pair(text, answer))
+
+    def feed_forward_view(
+        self, text: str, answer: str | None = None, *, num_examples: int = 300, on_progress: OnProgress | None = None
+    ) -> FeedForwardView:
+        """Which keys of the decoder's feed-forward layers fire while a text is answered; Args and Raises as in `view`.
+
+        Args:
+            text: what the model reads.
+            answer: what it writes; without it, its own best prediction.
+            num_examples: training texts among which those are looked for on which a key fires most.
+            on_progress: called with the number of these that were read, and that of all.
+        """
+        if self.recipe == g2p.RECIPE:
+            stressed = g2p.config_from_json(self.description["config"]).stressed
+            examples = g2p.training_pairs(stressed=stressed, count=num_examples)
+        else:
+            config = seq2seq.config_from_json(self.description["config"])
+            examples = seq2seq.training_pairs(config, self.description["data"], count=num_examples)
+        note = f"Texts on which a key fires most are looked for among {len(examples)} training texts with the data's answers."
+        if not examples:
+            note = "The run's data is not where it was, or has changed, so no texts are shown on which a key fires."
+        return feed_forward_view(self.translator, *self._pair(text, answer), examples, note=note, on_progress=on_progress)
+
+    def _pair(self, text: str, answer: str | None) -> tuple[str, str]:
+        """What the model reads of a text, and an answer to it: the one given, or its own."""
+        if answer is None:
+            [predictions] = self.predict([text])
+            answer = predictions[0].text
+        return (g2p.letters_of(text) if self.recipe == g2p.RECIPE else text), answer
 
 
 def load_run(folder: str | Path) -> Run:

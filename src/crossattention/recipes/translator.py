@@ -58,6 +58,21 @@ class Alignment:
     weights: list[list[float]]
 
 
+@dataclass(frozen=True, eq=False)
+class LayerMaps:
+    """The cross-attention of every decoder layer over one text.
+
+    Args:
+        rows: the predicted tokens, n of them.
+        columns: the source's tokens, m of them.
+        weights: (layers, heads, n, m).
+    """
+
+    rows: list[str]
+    columns: list[str]
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class Translator:
     """A model and what turns its ids into text.
@@ -135,15 +150,34 @@ class Translator:
         Raises:
             UnknownSymbol: a symbol that was never seen in training.
         """
+        maps = self.layer_maps(text, predicted)
+        weights = maps.weights.mean(dim=(0, 1))
+        rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]
+        return Alignment(maps.rows, maps.columns, rounded)
+
+    def layer_maps(self, text: str, predicted: str) -> LayerMaps:
+        """What each token of a prediction read of the text, in every layer and head; Args and Raises as in `align`.
+
+        Row i is of the step that wrote token i; the last step, which ends the prediction, has no row.
+        """
         source_ids = self._encode(text)
         target_ids = self.target.encode(predicted)
         maps = self._cross_attention_maps(source_ids, [BEGIN, *target_ids])
-        weights = maps.mean(dim=(0, 1))[: len(target_ids)]
-        rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]
-        return Alignment(self.target.tokens(target_ids), self.source.tokens(source_ids), rounded)
+        weights = maps[:, :, : len(target_ids)]
+        return LayerMaps(self.target.tokens(target_ids), self.source.tokens(source_ids), weights)
+
+    def read_along(self, text: str, predicted: str) -> list[str]:
+        """Run the model over a text and a prediction of it, for hooks to look on; the prediction's tokens, n of them.
+
+        The decoder runs over n + 1 steps: step i writes token i, the last one the end. Args and Raises as in `align`.
+        """
+        source_ids, target_ids = self._encode(text), self.target.encode(predicted)
+        with _evaluating(self.model):
+            self.model(self._tensor([source_ids]), self._tensor([[BEGIN, *target_ids]]))
+        return self.target.tokens(target_ids)
 
     def _cross_attention_maps(self, source_ids: list[int], decoder_ids: list[int]) -> Tensor:
-        """The weights of every layer's cross-attention, (layers, heads, n, m)."""
+        """The weights of every layer's cross-attention, (layers, heads, n + 1, m)."""
         seen: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = []
         layers = [layer.cross_attention for layer in self.model.decoder.layers]
         hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
