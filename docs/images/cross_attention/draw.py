@@ -1,8 +1,8 @@
 """Draws the figures of docs/cross_attention.md: `python docs/images/cross_attention/draw.py [FOLDER]`.
 
-A is blue and B is orange (of the palette of Okabe and Ito, told apart by the colour-blind), what is neither is grey; arrows show where
-data goes. Text stays text. The ground is opaque, so that a figure reads the same on a light and on a dark page. Sizes are in pixels of
-a figure 700 wide.
+A is blue and B is orange (of the palette of Okabe and Ito, told apart by the colour-blind), what is neither is grey; arrows show
+where data goes. Text stays text. The ground is opaque, so that a figure reads the same on a light and on a dark page. Sizes are in
+pixels of a figure 700 wide.
 """
 
 import math
@@ -19,6 +19,7 @@ STYLE = (
     ".a{fill:#d3e6f5;stroke:#0072b2}.b{fill:#fce0cf;stroke:#d55e00}.n{fill:#f1f3f5;stroke:#57606a}.d{stroke-dasharray:4 3}"
     ".la{stroke:#0072b2}.lb{stroke:#d55e00}.ln{stroke:#57606a}"
     ".ha{fill:#0072b2}.hb{fill:#d55e00}.hn{fill:#57606a}.w{fill:#1f2328;stroke:#57606a}.m{fill:#d55e00;stroke:#d55e00}"
+    ".o{stroke:#fff;stroke-width:5;paint-order:stroke}"
 )
 HEAD = 9  # length of an arrow's head
 
@@ -32,7 +33,7 @@ class Figure:
         self.parts.append(f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#fff"/>')
 
     def text(self, x: float, y: float, text: str, *, kind: str = "", at: str = "middle") -> None:
-        """A line of text; kind "t" is a title, "s" is small."""
+        """A line of text; kind "t" is a title, "s" is small, "o" has a white rim."""
         shown = f' class="{kind}"' if kind else ""
         self.parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{at}"{shown}>{escape(text)}</text>')
 
@@ -90,7 +91,8 @@ class Figure:
 
     def svg(self) -> str:
         """The file's text."""
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" height="{self.height}" role="img">'
+        size = f'viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" height="{self.height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         return "\n".join([head, *self.parts, "</svg>\n"])
 
 
@@ -105,8 +107,8 @@ def sequences() -> Figure:
     fig = Figure(
         316,
         "Queries come from A, keys and values from B",
-        "A is projected to queries; B to keys and to values. Queries and keys give weights, and the values, summed with these weights, "
-        "give an output as long as A.",
+        "A is projected to queries; B to keys and to values. Queries and keys give weights, and the values, summed with these "
+        "weights, give an output as long as A.",
     )
     fig.text(32, 68, "A", kind="t")
     fig.cells(52, 50, 3, "a")
@@ -123,7 +125,7 @@ def sequences() -> Figure:
     fig.text(240, 234, "Wv", kind="s")
     rows = [softmax(scores) for scores in ([2, 1, 0, 0, -1], [0, 2, 1, 0, 0], [-1, 0, 0, 1, 2.5])]
     fig.weights(410, 54, rows)
-    fig.text(459, 44, "weights: softmax of queries · keys", kind="s")
+    fig.text(478, 44, "weights: softmax of queries · keys", kind="s")
     fig.arrow("a", (356, 63), (384, 63), (384, 83), (408, 83))
     fig.arrow("b", (356, 163), (459, 163), (459, 114))
     fig.box(540, 196, 136, 46, "n", "sums of values", "with these weights")
@@ -141,7 +143,8 @@ def shape() -> Figure:
     fig = Figure(
         280,
         "A gives the output its shape",
-        "One layer reads a B of 3 positions and a B of 700, of width 32. With 5 queries of width 48 both outputs are 5 positions of width 48.",
+        "One layer reads a B of 3 positions and a B of 700, of width 32. With 5 queries of width 48 both outputs are "
+        "5 positions of width 48.",
     )
     fig.text(374, 60, "A: n = 5, width 48", at="end")
     fig.cells(387, 30, 5, "a", width=14, height=48)
@@ -167,14 +170,16 @@ def self_and_cross() -> Figure:
     fig = Figure(
         246,
         "Self-attention is the case A = B",
-        "Left: four positions of one sequence read the same four; the weights are a square. Right: three positions of A read six of B; the "
-        "weights are a rectangle.",
+        "Left: four positions of one sequence read the same four; the weights are a square. Right: three positions of A read six "
+        "of B; the weights are a rectangle.",
     )
     fig.text(30, 34, "self-attention: A reads A", kind="t", at="start")
     fig.text(376, 34, "cross-attention: A reads B", kind="t", at="start")
-    for x, asked, xs, kind in ((30, [30 + 40 * i for i in range(4)], [30 + 40 * i for i in range(4)], "a"),) + (
-        (376, [425 + 36 * i for i in range(3)], [376 + 34 * i for i in range(6)], "b"),
-    ):
+    panels = (
+        (30, [30 + 40 * index for index in range(4)], [30 + 40 * index for index in range(4)], "a"),
+        (376, [425 + 36 * index for index in range(3)], [376 + 34 * index for index in range(6)], "b"),
+    )
+    for x, asked, xs, kind in panels:
         for top in asked:
             for bottom in xs:
                 fig.line(top + 13, 100, bottom + 13, 168, kind)
@@ -186,10 +191,10 @@ def self_and_cross() -> Figure:
         fig.text(x, 214, "keys and values", kind="s", at="start")
     square = [softmax(row) for row in ([2, 1, 0, 0], [0, 2, 1, 0], [1, 0, 2, 0], [0, 0, 1, 2])]
     fig.weights(220, 100, square, size=14)
-    fig.text(251, 186, "weights: n × n", kind="s")
+    fig.text(251, 186, "weights: n x n", kind="s")
     oblong = [softmax(row) for row in ([2, 1, 0, 0, 0, 0], [0, 0, 2, 1, 0, 0], [0, 0, 0, 0, 1, 2.5])]
     fig.weights(592, 108, oblong, size=14)
-    fig.text(639, 176, "weights: n × m", kind="s")
+    fig.text(639, 176, "weights: n x m", kind="s")
     return fig
 
 
@@ -199,8 +204,8 @@ def highlight() -> Figure:
     fig = Figure(
         252,
         "The weights of A highlight in B",
-        "Two queries read five positions. Lines are as wide as the weights. The first reads the second position, the other the third and "
-        "the fourth; each position is shaded by the mass that it receives: "
+        "Two queries read five positions. Lines are as wide as the weights. The first reads the second position, the other "
+        "the third and the fourth; each position is shaded by the mass that it receives: "
         + ", ".join(f"{sum(column):.2f}" for column in zip(*rows, strict=True))
         + ".",
     )
@@ -208,9 +213,11 @@ def highlight() -> Figure:
     for top, row in zip((292, 452), rows, strict=True):
         for x, weight in zip(xs, row, strict=True):
             fig.line(top, 66, x, 146, "a", width=18 * weight, opacity=0.6)
-            if weight > 0.3:
-                fig.text(x + (top - x) * 0.25 - 12, 128, f"{weight:.2f}", kind="s", at="end")
         fig.box(top - 20, 30, 40, 36, "a")
+    for top, row in zip((292, 452), rows, strict=True):
+        for x, weight in zip(xs, row, strict=True):
+            if weight > 0.3:
+                fig.text(x + (top - x) * 0.35, 122, f"{weight:.2f}", kind="s o")
     for index, x in enumerate(xs):
         mass = sum(row[index] for row in rows)
         fig.parts.append(f'<rect class="m" x="{x - 26}" y="146" width="52" height="40" rx="3" fill-opacity="{mass:.2f}"/>')
@@ -256,10 +263,10 @@ def modalities() -> Figure:
 def feed_forward() -> Figure:
     """The feed-forward layer is attention over a static B."""
     fig = Figure(
-        300,
+        306,
         "The feed-forward layer is attention over a static B",
-        "Left: keys and values are made of a B that comes with the input, and scores go through a softmax. Right: keys are the rows of the "
-        "first matrix, values the columns of the second, and scores go through a ReLU.",
+        "Left: keys and values are made of a B that comes with the input, and scores go through a softmax. Right: "
+        "keys are the rows of the first matrix, values the columns of the second, and scores go through a ReLU.",
     )
     for x, title, between in ((0, "cross-attention", "softmax"), (340, "feed-forward layer", "ReLU")):
         fig.text(x + 24, 34, title, kind="t", at="start")
@@ -291,32 +298,32 @@ def decoder() -> Figure:
     fig = Figure(
         344,
         "The decoder of 2017 reads the encoder",
-        "Six encoder layers stand on the source. The output of the last one goes to the cross-attention of each of the six decoder layers, "
-        "between causal self-attention and feed-forward.",
+        "Six encoder layers stand on the source. The output of the last one goes to the cross-attention of each of the six decoder "
+        "layers, between causal self-attention and feed-forward.",
     )
     fig.cells(60, 294, 5, "b")
-    fig.text(230, 312, "source", at="start")
+    fig.text(216, 312, "source", at="start")
     fig.arrow("b", (133, 294), (133, 258))
     fig.box(48, 224, 170, 34, "b", "encoder layer 1")
     fig.arrow("b", (133, 224), (133, 132))
     fig.text(144, 186, "layers 2 to 5", kind="s", at="start")
     fig.box(48, 98, 170, 34, "b", "encoder layer 6")
     for layer, y in ((6, 72), (1, 204)):
-        fig.box(318, y, 366, 62, "n")
-        fig.box(326, y + 8, 112, 46, "a", "self-attention", "causal")
-        fig.box(450, y + 8, 118, 46, "a", "cross-attention")
-        fig.box(580, y + 8, 96, 46, "a", "feed-forward")
-        fig.arrow("a", (438, y + 31), (450, y + 31))
-        fig.arrow("a", (568, y + 31), (580, y + 31))
-        fig.text(318, y + 78 if layer == 1 else y - 8, f"decoder layer {layer}", kind="s", at="start")
-    fig.arrow("b", (133, 98), (133, 46), (509, 46), (509, 80))
-    fig.arrow("b", (270, 46), (270, 184), (509, 184), (509, 212))
-    fig.arrow("a", (628, 212), (628, 158), (382, 158), (382, 126))
-    fig.text(505, 152, "layers 2 to 5", kind="s")
-    fig.arrow("a", (628, 80), (628, 34))
-    fig.text(616, 30, "next symbols", at="end")
-    fig.cells(326, 298, 4, "a")
-    fig.arrow("a", (428, 298), (428, 258))
+        fig.box(306, y, 378, 62, "n")
+        fig.box(314, y + 8, 108, 46, "a", "self-attention", "causal")
+        fig.box(438, y + 8, 116, 46, "a", "cross-attention")
+        fig.box(570, y + 8, 106, 46, "a", "feed-forward")
+        fig.arrow("a", (422, y + 31), (438, y + 31))
+        fig.arrow("a", (554, y + 31), (570, y + 31))
+        fig.text(306, y + 78 if layer == 1 else y - 8, f"decoder layer {layer}", kind="s", at="start")
+    fig.arrow("b", (133, 98), (133, 46), (496, 46), (496, 80))
+    fig.arrow("b", (262, 46), (262, 184), (496, 184), (496, 212))
+    fig.arrow("a", (623, 212), (623, 158), (368, 158), (368, 126))
+    fig.text(496, 152, "layers 2 to 5", kind="s")
+    fig.arrow("a", (623, 80), (623, 34))
+    fig.text(612, 30, "next symbols", at="end")
+    fig.cells(296, 298, 5, "a")
+    fig.arrow("a", (409, 298), (409, 258))
     fig.text(454, 316, "target so far", at="start")
     return fig
 
@@ -326,7 +333,8 @@ def bert() -> Figure:
     fig = Figure(
         250,
         "BERT with cross-attention: one sublayer more",
-        "A layer of BERT, made causal, with cross-attention between self-attention and feed-forward; it reads the output of another BERT.",
+        "A layer of BERT, made causal, with cross-attention between self-attention and feed-forward; it reads the "
+        "output of another BERT.",
     )
     fig.cells(28, 49, 4, "b")
     fig.text(85, 38, "what is read", kind="s")
@@ -349,7 +357,7 @@ def bert() -> Figure:
     fig.text(189, 198, "from BERT", kind="s")
     fig.text(353, 198, "new: random at first", kind="s")
     fig.text(517, 198, "from BERT", kind="s")
-    fig.text(353, 230, "twelve such layers, each with the same read BERT output", kind="s")
+    fig.text(353, 230, "twelve such layers; all of them read the same output", kind="s")
     return fig
 
 
@@ -358,8 +366,8 @@ def retro() -> Figure:
     fig = Figure(
         318,
         "RETRO reads what it looked up, one chunk late",
-        "Twelve tokens in three chunks of four. The neighbours of chunk 1 are read by token 4 and tokens 5 to 7, those of chunk 2 by token "
-        "8 and tokens 9 to 11, those of chunk 3 by token 12. Tokens 1 to 3 read nothing.",
+        "Twelve tokens in three chunks of four. The neighbours of chunk 1 are read by token 4 and tokens 5 to 7, "
+        "those of chunk 2 by token 8 and tokens 9 to 11, those of chunk 3 by token 12. Tokens 1 to 3 read nothing.",
     )
     left, step = 60, 40
     for chunk in range(3):
@@ -368,7 +376,7 @@ def retro() -> Figure:
         fig.labelled(x, 50, [str(4 * chunk + i + 1) for i in range(4)], "a", width=34, gap=6)
         x += 3 * step
         real = 34 if chunk == 2 else 4 * step - 6
-        fig.box(x, 106, real, 34, "a", "" if chunk == 2 else f"window {chunk + 1}")
+        fig.box(x, 106, real, 34, "a", *([] if chunk == 2 else [f"window {chunk + 1}"]))
         fig.arrow("a", (x + real / 2, 76), (x + real / 2, 106))
         if chunk == 2:
             fig.box(x + 40, 106, 114, 34, "n d", "padding")
@@ -379,9 +387,9 @@ def retro() -> Figure:
     fig.text(left + 14, 122, "these read", kind="s", at="start")
     fig.text(left + 14, 138, "nothing", kind="s", at="start")
     fig.arrow("n", (left + 4, 76), (left + 4, 228), (left + 3 * step, 228), dashed=True)
-    fig.text(left + 14, 220, "looked up by", kind="s", at="start")
-    fig.text(left + 14, 246, "its whole text", kind="s", at="start")
-    fig.text(350, 304, "the same for chunks 2 and 3", kind="s")
+    fig.text(left + 14, 220, "chunk 1 looks", kind="s", at="start")
+    fig.text(left + 14, 246, "them up", kind="s", at="start")
+    fig.text(350, 304, "each chunk looks up its own neighbours; drawn for chunk 1", kind="s")
     return fig
 
 
@@ -390,8 +398,9 @@ def crossvit() -> Figure:
     fig = Figure(
         300,
         "CrossViT: a class token visits the other branch",
-        "The class token of the branch of large patches is projected by f, stands among the small patches, reads them and itself as the only "
-        "query, is projected back by g, and takes its old place; its own patches are not changed.",
+        "The class token of the branch of large patches is projected by f, stands among the small patches, reads them "
+        "and itself as the only query, is projected back by g, and takes its old place; its own patches are not "
+        "changed.",
     )
     fig.labelled(60, 58, ["cls"], "a")
     fig.cells(90, 58, 6, "a")
@@ -423,14 +432,14 @@ def perceiver() -> Figure:
     fig = Figure(
         318,
         "Perceiver IO: read, think, be read",
-        "256 latents read 2,048 inputs by cross-attention, attend to themselves in 26 layers, and are read by 2,048 output queries in a "
-        "second cross-attention.",
+        "256 latents read 2,048 inputs by cross-attention, attend to themselves in 26 layers, and are read by 2,048 output queries "
+        "in a second cross-attention.",
     )
     for x, first, second, kind in (
-        (54, "inputs", "2,048 × 768", "b"),
-        (238, "latents", "256 × 1,280", "a"),
-        (440, "latents", "256 × 1,280", "b"),
-        (624, "output queries", "2,048 × 768", "a"),
+        (54, "inputs", "2,048 x 768", "b"),
+        (238, "latents", "256 x 1,280", "a"),
+        (440, "latents", "256 x 1,280", "b"),
+        (624, "output queries", "2,048 x 768", "a"),
     ):
         is_long = second.startswith("2,048")
         fig.cells(
