@@ -40,7 +40,7 @@ class Tokens {
     for (const button of this.buttons) {
       const weight = numbers && numbers.get(button.at), isChosen = button.at === chosen;
       button.classList.toggle("on", isChosen);
-      button.classList.toggle("read", Boolean(weight));
+      button.classList.toggle("read", weight >= this.page.state.least);
       button.classList.toggle("found", found.has(button.at));
       button.setAttribute("aria-pressed", isChosen);
       button.tabIndex = button.at === (chosen ?? this.first) ? 0 : -1;
