@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
+from crossattention.attention.dropout import drawn_factors
 from crossattention.attention.fused import attend_fused, widen
 from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
@@ -348,8 +349,8 @@ def _explicit_values(weights: Tensor, values: Tensor, sums_heads: bool) -> Tenso
 
 def _dropout_factors(weights: Tensor, dropout: float) -> Tensor:
     """0 or 1 / (1 - p) for each weight, drawn in the order of (z, h, n, m) whatever the layout of the weights is."""
-    factors = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
-    return factors.bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+    factors, scale = drawn_factors(weights.shape, dropout, weights.dtype, weights.device)
+    return factors.mul_(scale)
 
 
 def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
