@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention import record_attention
+from crossattention.interop.rows import WeightRows
 from crossattention.maps import Alignment, Argmax, Entropy, Highlight, Rows, TopK
 from tolerances import assert_close
 
@@ -286,9 +287,47 @@ def test_sound_is_generated_from_with_whisper_s_own_generate() -> None:
     assert layer.merged.shape[0] == 2 and layer.merged.shape[-1] == 10
 
 
+@pytest.fixture
+def no_rows_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging the rows that a model made itself, instead of making them again of queries and keys, is an error."""
+
+    def refuse(steps: Any, picks: Tensor) -> None:
+        raise ValueError("rows were kept")
+
+    monkeypatch.setattr(WeightRows, "of_steps", refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [bart, t5, marian, bert])
+def test_of_eager_attention_queries_and_keys_are_kept_and_no_rows(make: Callable[[], nn.Module], no_rows_kept: None) -> None:
+    model = eager_of(ending(make().eval()))
+    given = {"input_ids": SOURCE, "attention_mask": MASK.long(), "max_new_tokens": 8, "num_beams": 3}
+    found = model.generate(**given, output_attentions=True, return_dict_in_generate=True)
+    length = traced(found, 0, len(found.sequences)).shape[2]
+    with record_attention(model, [Rows(range(length))]) as seen:
+        out = model.generate(**given)
+    assert torch.equal(found.sequences, out)
+    for number, layer in enumerate(seen.layers.values()):
+        assert_close(layer.merged[0], traced(found, number, len(out)))
+
+
+@pytest.mark.slow
+def test_a_softmax_of_something_else_keeps_its_rows() -> None:
+    """T5Gemma caps its scores by a tanh."""
+    model = t5gemma().eval()
+    with torch.no_grad():
+        [parameter.mul_(3.0) for name, parameter in model.named_parameters() if "cross_attn" in name]
+    given = {"input_ids": SOURCE, "attention_mask": MASK.long(), "max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2}
+    found = model.generate(**given, output_attentions=True, return_dict_in_generate=True)
+    with record_attention(model, [Rows(range(4))]) as seen:
+        model.generate(**given)
+    for number, layer in enumerate(seen.layers.values()):
+        assert_close(layer.merged[0], traced(found, number, 2))
+
+
 @pytest.mark.slow
 @torch.no_grad()
-def test_trocr_generates_along_its_beams() -> None:
+def test_trocr_generates_along_its_beams(no_rows_kept: None) -> None:
     vision = transformers.ViTConfig(
         hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crossattention.interop.kernels import innermost, watch_kernel
@@ -18,6 +19,8 @@ from crossattention.interop.seats import Look
 
 CONTEXTS = ("key_value_states", "encoder_hidden_states", "inputs", "cross_attention_states", "image_hidden_states")
 """What modules call the other sequence."""
+MASKS = ("attention_mask", "mask", "encoder_attention_mask")
+"""What they call what is added to the scores."""
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -56,8 +59,13 @@ def _run(module: nn.Module, listeners: Sequence[Any], forward: Callable[..., Any
         lambda: forward(*args, **kwargs),
         batch=states.shape[0],
         length=states.shape[1] if states.dim() == 3 else None,
+        mask=next((mask for name in MASKS if _can_be_added(mask := given.get(name))), None),
         cache=next((value for value in given.values() if hasattr(value, "is_updated")), None),
     )
+
+
+def _can_be_added(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() <= 4 and (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def _run_generate(listeners: Sequence[Any], generate: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from crossattention.interop.rows import KernelRows, WeightRows
 from crossattention.maps.blocks import MapRows
 
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 
 
 class _Open(threading.local):
@@ -34,11 +35,19 @@ class KernelWatch(TorchFunctionMode):
         tell: called with the rows of the kernel's map.
         batch: items of the batch, by which a map of (z h, n, m) is taken apart.
         length: n of the queries; None if the kernel has it right. Fused kernels may get grouped heads laid into it.
+        guess: the mask and the scale that a softmax of the module's own is likely of.
     """
 
-    def __init__(self, tell: Callable[[MapRows], None], batch: int, length: int | None = None) -> None:
+    def __init__(
+        self,
+        tell: Callable[[MapRows], None],
+        batch: int,
+        length: int | None = None,
+        guess: tuple[Tensor | None, float] = (None, 1.0),
+    ) -> None:
         super().__init__()
-        self._tell, self._batch, self._length = tell, batch, length
+        self._tell, self._batch, self._length, self._guess = tell, batch, length, guess
+        self._last_product: tuple[Tensor, Tensor] | None = None
         self.seen = 0
 
     def __enter__(self) -> KernelWatch:
@@ -57,8 +66,10 @@ class KernelWatch(TorchFunctionMode):
         if _open.watches[-1] is self:
             if func is F.scaled_dot_product_attention:
                 self._take(self._fused_rows(*args, **kwargs))
+            elif func in PRODUCTS:
+                self._last_product = args[:2] if len(args) > 1 else None
             elif func in SOFTMAXES and _is_over_rows(out, args, kwargs):
-                self._take(WeightRows(self._by_item(out)))
+                self._take(WeightRows(self._by_item(out), self._guesses(out)))
         return out
 
     def _take(self, rows: MapRows) -> None:
@@ -85,6 +96,18 @@ class KernelWatch(TorchFunctionMode):
             query, attn_mask = _unpacked(query, self._length), None if attn_mask is None else _unpacked(attn_mask, self._length)
         return KernelRows(query, key, attn_mask, scale=scale, is_causal=is_causal)
 
+    def _guesses(self, weights: Tensor) -> list[KernelRows]:
+        """What the softmax may have been of: the product before it, scaled there or earlier, and the mask."""
+        if self._last_product is None:
+            return []
+        queries, keys = self._last_product
+        if queries.dim() != weights.dim() or keys.dim() != weights.dim() or (*queries.shape[:-1], keys.shape[-1]) != weights.shape:
+            return []
+        queries, keys = self._by_item(queries), self._by_item(keys).transpose(-1, -2)
+        mask, scale = self._guess
+        scales = dict.fromkeys((scale, 1.0, queries.shape[-1] ** -0.5))
+        return [KernelRows(queries, keys, mask, scale=one) for one in scales]
+
     def _by_item(self, tensor: Tensor) -> Tensor:
         """(z, h, n, m) of the same, or of (z h, n, m)."""
         if tensor.dim() == 4:
@@ -102,6 +125,7 @@ def watch_kernel(
     batch: int,
     length: int | None = None,
     cache: object = None,
+    mask: Tensor | None = None,
 ) -> Any:
     """Run a module's forward pass, and tell those who want attention of this kind of its one kernel.
 
@@ -113,6 +137,7 @@ def watch_kernel(
         batch: items of the batch.
         length: n; None if the kernel gets queries as (z, h, n, k).
         cache: what tells a generation from another.
+        mask: what a softmax of the module's own is likely to add to its scores, where the call has it.
     """
     wanting = [listener for listener in listeners if listener.wants(kind)]
     if not wanting:
@@ -122,7 +147,8 @@ def watch_kernel(
         for listener in wanting:
             listener.take(module, kind, lambda: rows, cache)
 
-    with KernelWatch(tell, batch, length) as watch:
+    scale = next((s for name in ("scaling", "scale") if isinstance(s := getattr(module, name, None), float)), 1.0)
+    with KernelWatch(tell, batch, length, (mask, scale)) as watch:
         out = forward()
     if watch.seen != 1:
         for listener in wanting:

@@ -193,7 +193,10 @@ class _Track:
             self._steps = []
             return
         last = self._steps[-1] if self._steps else None
-        self._steps.append(rows if isinstance(rows, ScoreRows) else rows.step_after(last))
+        try:
+            self._steps.append(rows if isinstance(rows, ScoreRows) else rows.step_after(last))
+        except Exception as error:  # told to whoever asks for the merged map; the model goes on
+            self._obstacle, self._steps = str(error), []
 
     def merged(self, picks: Tensor | None, summaries: Sequence[Summary]) -> Recorded | str:
         """One map of the steps, or why there is none."""

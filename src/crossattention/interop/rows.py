@@ -17,6 +17,9 @@ from crossattention.attention.masks import ScoreMask, combine_masks, part_of
 FORBIDDEN = 0.5
 """A number below this share of a dtype's lowest one forbids a position, as -inf does: libraries add `finfo.min`, with a bias."""
 
+CLOSE = 2e-6
+"""Largest difference between a softmax and what its queries and keys are thought to give, in float32."""
+
 
 class KernelRows:
     """Rows of softmax(queries keys^T scale + mask), block by block; half precision is computed in float32, as fused kernels do.
@@ -166,6 +169,7 @@ class WeightRows:
 
     Args:
         whole: (z, h, n, m), before dropout.
+        guesses: maps of queries and keys of which one may be this one.
     """
 
     repeats = None
@@ -173,8 +177,8 @@ class WeightRows:
     context_mask = None
     key_width = 1
 
-    def __init__(self, whole: Tensor) -> None:
-        self.whole = whole.detach()
+    def __init__(self, whole: Tensor, guesses: Sequence[KernelRows] = ()) -> None:
+        self.whole, self._guesses = whole.detach(), guesses
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -203,9 +207,31 @@ class WeightRows:
         some = self.whole[items, heads, queries]
         return some.float() if some.dtype in (torch.bfloat16, torch.float16) else some
 
-    def step_after(self, last: WeightRows | None) -> WeightRows:
-        """What a generation keeps of these rows: all of the first step, of the others the last row."""
+    def step_after(self, last: WeightRows | KernelRows | None) -> WeightRows | KernelRows:
+        """What a generation keeps of these rows: queries and keys where they are known to give them, else the rows themselves.
+
+        Raises:
+            ValueError: queries and keys gave the steps before, and do not give this one.
+        """
+        if not isinstance(last, WeightRows):
+            known = next((guess for guess in self._guesses if self._is(guess)), None)
+            if known is not None:
+                return known.step_after(last)
+            if last is not None:
+                raise ValueError("its first steps were a softmax of queries and keys with their mask, and a later one is not")
         return WeightRows(self.whole.clone() if last is None else self.whole[:, :, -1:].clone())
+
+    def _is(self, guess: KernelRows) -> bool:
+        """Whether a guess gives the first and the last of these rows."""
+        z, h, n, m = self.shape
+        mask = guess.mask
+        if 0 in (z, n, m) or (mask is not None and not _broadcasts(mask.shape, self.shape)):
+            return False
+        items, heads = slice(0, z), slice(0, h)
+        ends = [guess.weights(items, slice(0, 1), heads, slice(row, row + 1)) for row in (0, n - 1)]
+        tolerance = CLOSE if self.whole.dtype in (torch.float32, torch.float64) else torch.finfo(self.whole.dtype).eps
+        difference = (torch.cat(ends, 2) - self.whole[:, :, [0, n - 1]]).abs().amax()
+        return bool(difference <= tolerance)
 
     @classmethod
     def of_steps(cls, steps: Sequence[WeightRows], picks: Tensor) -> WeightRows:
@@ -213,6 +239,10 @@ class WeightRows:
         items = picks.clamp(min=0)
         parts = [_items(step.whole, items[:, s]) * (picks[:, s] >= 0)[:, None, None, None] for s, step in enumerate(steps)]
         return cls(torch.cat(parts, 2))
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    return all(size in (1, wanted) for size, wanted in zip(shape, target, strict=True))
 
 
 def _some_allowed(mask: Tensor) -> Tensor:
