@@ -207,7 +207,7 @@ class Translator:
     def _by_length(
         self, sources: list[list[int]], beams: int, num_hypotheses: int, together: int
     ) -> Iterator[tuple[list[int], list[list[Hypothesis]]]]:
-        """Places of some sources, and what was found for these: short ones first, so that little is padded and most end together."""
+        """Places of some sources, and what was found for these: short ones first, so that few are padded and most end together."""
         order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
         begin = 0
         while begin < len(order):
