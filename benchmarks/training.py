@@ -2,11 +2,11 @@
 
     python benchmarks/training.py [--threads 2] [--budget 60] [--only NAME ...] [--device cuda] [--json FILE]
 
-The default recipe's model, batches and settings. All contenders take the same batches (`--batches` of them, in turn), of which a
-step is loss, backward, clipping, AdamW and reading the loss. They run in one process, interleaved in shuffled order; figures are
-medians. "train()" is the library's own loop with all that it does beside; the rows under "our step" change one thing each in the
-same step written out. "tokens/s" counts real source and target tokens, never padding; "times" is the speed over
-torch.nn.Transformer's.
+The default recipe's model, batches and settings. All contenders take the same batches (`--batches` of them, in turn), of
+which a step is loss, backward, clipping, AdamW and reading the loss. They run in one process, interleaved in shuffled order;
+figures are medians. "train()" is the library's own loop with all that it does beside; the rows under "our step" change one
+thing each in the same step written out. "tokens/s" counts real source and target tokens, never padding; "times" is the speed
+over torch.nn.Transformer's.
 """
 
 import argparse

@@ -39,7 +39,8 @@ class Muon(Optimizer):
         lr: learning rate.
         momentum: mu.
         weight_decay: decoupled, as AdamW's.
-        steps: products by which U V^T is approximated, three matrix products each; at most 5.
+        steps: by which U V^T is approximated, three matrix products each; at most 5. Singular values of a random square matrix come
+            out between 0.2 and 1.9 after 3 steps (5 % of them below), between 0.9 and 1.1 after 5.
 
     Raises:
         ValueError: a parameter that is no matrix, or a setting out of range.
@@ -61,7 +62,7 @@ class Muon(Optimizer):
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
-        steps: int = 5,
+        steps: int = 3,
     ) -> None:
         if not 1 <= steps <= len(_COEFFICIENTS):
             raise ValueError(f"steps must be from 1 to {len(_COEFFICIENTS)}, got {steps}")
@@ -103,8 +104,8 @@ class Muon(Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _ADAM_LIKE * math.sqrt(max(shape)))
 
 
-def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
-    """U V^T of each matrix U S V^T of (k, r, c), roughly: singular values near 1, whatever they were down to 1e-3 of the largest.
+def orthogonalized(matrices: Tensor, *, steps: int) -> Tensor:
+    """U V^T of each matrix U S V^T of (k, r, c), roughly: after 5 steps singular values near 1, if they were over 1e-2 of the norm.
 
     Returns:
         (k, r, c) in the dtype of `matrices`.
