@@ -2,11 +2,11 @@
 
     python benchmarks/training.py [--threads 2] [--budget 60] [--only NAME ...] [--device cuda] [--json FILE]
 
-The default recipe's model, batches and settings. All contenders take the same batches (`--batches` of them, in turn), of
-which a step is loss, backward, clipping, AdamW and reading the loss. They run in one process, interleaved in shuffled order;
-figures are medians. "train()" is the library's own loop with all that it does beside; the rows under "our step" change one
-thing each in the same step written out. "tokens/s" counts real source and target tokens, never padding; "times" is the speed
-over torch.nn.Transformer's.
+The default recipe's model and batches, with AdamW and dropout. All contenders take the same batches (`--batches` of them, in
+turn), of which a step is loss, backward, clipping, AdamW and reading the loss. They run in one process, interleaved in
+shuffled order; figures are medians. "train()" is the library's own loop with all that it does beside; the rows under "our
+step" change one thing each in the same step written out. "tokens/s" counts real source and target tokens, never padding;
+"times" is the speed over torch.nn.Transformer's.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from crossattention.data.batches import PairBatch
 from crossattention.data.vocabulary import PAD
 from crossattention.layers import Dropout
 from crossattention.recipes.g2p import G2PConfig, G2PTask, default_training
+from crossattention.recipes.pair_task import ModelShape
 from crossattention.training.events import Step
 from crossattention.training.loop import train
 from crossattention.training.optimizers import build_optimizers
@@ -137,6 +138,7 @@ def our_loop(setting: Setting, out: str, threads: int) -> Callable[[], None]:
     config = replace(
         default_training(),
         minutes=None,
+        optimizer="adamw",
         steps=10**9,
         evaluate_every=10**9 - 1,
         checkpoint_minutes=1e9,
@@ -195,7 +197,7 @@ def contenders(setting: Setting, out: str, given: argparse.Namespace) -> dict[st
 def measure(given: argparse.Namespace) -> list[dict[str, object]]:
     """Time all contenders, print the table, give its rows."""
     device = torch.device(given.device)
-    task = G2PTask(G2PConfig())
+    task = G2PTask(G2PConfig(model=ModelShape(dropout=given.dropout)))
     config = task.config
     setting = Setting(task, [task.batch_at(step).to(device) for step in range(given.batches)], device, config.label_smoothing)
     padded = sum(batch.source_ids.numel() + batch.labels.numel() for batch in setting.batches)
@@ -232,6 +234,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of all models; the recipe's own default is none")
     parser.add_argument("--batches", type=int, default=8, help="steps of each turn")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds after which no round is begun")
     parser.add_argument("--only", nargs="*", default=[], help="contenders beside torch.nn.Transformer; all where none is named")
