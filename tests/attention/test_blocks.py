@@ -77,7 +77,7 @@ def test_blocks_equal_explicit_weights_with_gradients(monkeypatch, cuts_, kind):
 
 
 @pytest.mark.parametrize("cuts_", [CUTS[0], CUTS[3]], ids=["whole rows", "parts"])
-@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("same", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_first_and_second_derivatives(monkeypatch, cuts_, same):
     cut(monkeypatch, cuts_)
     queries, keys, values = tensors(2, 6, 2, 2, HEADS, same, z=1, items=1)  # every number is moved by itself: few of them

@@ -103,7 +103,7 @@ def test_every_plan_mask_and_cut_gives_the_full_map_s_summaries(monkeypatch, pla
         check(attention_map(layer, a, prepared, ASKED, attn_mask=masks.get("attn_mask")), full, context_mask)
 
 
-@pytest.mark.parametrize("scores", BLOCKS)
+@pytest.mark.parametrize("scores", [BLOCKS[0], *(pytest.param(block, marks=pytest.mark.slow) for block in BLOCKS[1:])])
 @pytest.mark.parametrize("spaces", ["head", "context", "query"])
 def test_every_cut_with_grouped_heads_repeats_and_learned_queries(monkeypatch, spaces, scores):
     cut(monkeypatch, scores)
@@ -147,6 +147,7 @@ def test_position_parts_and_norms_are_in_the_maps(monkeypatch, scores):
                 check(attention_map(layer, a.double(), b, asked, **at), full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", [c for c in CANDIDATES if c.kernel == "explicit" and c.values == "head"], ids=str)
 def test_single_and_half_precision(monkeypatch, plan, dtype):

@@ -75,6 +75,7 @@ def test_letters_and_phonemes_are_those_of_the_dictionary(task):
     assert (batch.labels == END).sum() == len(batch.indices)
 
 
+@pytest.mark.slow
 def test_stress_is_learned_only_where_asked():
     task = G2PTask(replace(SMALL, stressed=True))
     assert len(task.learner.target.symbols) == 69

@@ -544,6 +544,7 @@ def test_a_clock_that_jumps_loses_nothing(tmp_path, clock, step, jump):
     assert of_kind(events, Saved)[-1].step == of_kind(events, Evaluated)[-1].step == finished.step
 
 
+@pytest.mark.slow
 def test_real_minutes_end_about_in_time(tmp_path):
     begun = time.monotonic()
     list(train(ToyTask(delay=0.001), toy_config(minutes=2 / 60), tmp_path / "run"))
