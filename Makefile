@@ -1,5 +1,5 @@
 # The targets that people, pre-commit and CI share. `make check` before a commit, `make ci` before a change lands.
-.PHONY: check format lint types tests slow docs-code durations ci
+.PHONY: check format lint types tests slow browser docs-code durations ci
 
 check: format lint types tests
 format:
@@ -12,6 +12,8 @@ tests:
 	pytest
 slow:
 	pytest -m slow
+browser:
+	pytest -m browser
 docs-code:
 	pytest tests/test_documentation.py
 durations:

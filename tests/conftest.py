@@ -9,11 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from chromium import NAMES, Chromium, chromium
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of interruption need it to arrive.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -28,13 +31,25 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
+    """Skip tests marked `gpu` where torch sees no CUDA device, and those marked `browser` where no browser is installed."""
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device; torch.cuda.is_available() is False here"
+    if chromium() is None:
+        reasons["browser"] = f"needs a browser, but none of {', '.join(NAMES)} is on the PATH; apt-get install chromium"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(no_gpu)
+        for mark, reason in reasons.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Chromium]:
+    """One browser for all tests marked `browser`."""
+    path = chromium()
+    assert path is not None, "a test that asks for the browser carries the mark `browser`"
+    with Chromium(path) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from crossattention.attention import MemoryAttention as MemoryAttention
     from crossattention.attention import PreparedContext as PreparedContext
     from crossattention.attention import SelfAttention as SelfAttention
+    from crossattention.interop import record_attention as record_attention
     from crossattention.maps import attention_map as attention_map
     from crossattention.models import load as load
     from crossattention.plan import Plan as Plan
@@ -29,6 +30,7 @@ _ROOM_OF = {
     "load": "models",
     "Plan": "plan",
     "PlanError": "plan",
+    "record_attention": "interop",
 }
 _ROOMS = ("attention", "interop", "layers", "maps", "models", "plan")
 

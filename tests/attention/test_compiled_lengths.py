@@ -22,9 +22,9 @@ HAS_QUICK = "no product goes to oneDNN on this processor"
 class Compiled:
     """A layer with a pinned plan, compiled by a backend that counts the graphs and runs them as they are."""
 
-    def __init__(self, plan, dynamic):
+    def __init__(self, plan, dynamic, kv_heads=None):
         torch._dynamo.reset()
-        self.layer = CrossAttention(QUERY_DIM, CONTEXT_DIM, heads=4, plan=plan)
+        self.layer = CrossAttention(QUERY_DIM, CONTEXT_DIM, heads=4, kv_heads=kv_heads, plan=plan)
         self.graphs = []
         self.run = torch.compile(self.layer, fullgraph=True, dynamic=dynamic, backend=self._count)
 
@@ -33,8 +33,9 @@ class Compiled:
         return graph
 
     @torch.no_grad()
-    def agrees(self, n, m):
+    def agrees(self, n, m, *, learned=False):
         a, b = inputs(n, m)
+        a = a[0] if learned else a
         torch.testing.assert_close(self.run(a, b), self.layer(a, b), atol=1e-5, rtol=1e-5)
 
     def operators(self):
@@ -125,6 +126,36 @@ def test_projections_of_a_large_layer_are_operators_of_the_graph(plan):
     compiled = Compiled(plan, dynamic=True)
     compiled.agrees(5, 9)
     assert "linear" in compiled.operators()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_where_sizes_are_fixed_and_small_projections_are_torch_s_own(plan):
+    """The operator takes longer to ask how large a product is than a small one takes."""
+    compiled = Compiled(plan, dynamic=False)
+    compiled.agrees(5, 9)
+    assert "linear" not in compiled.operators()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("spaces", [("head", "head"), ("context", "context")], ids="+".join)
+def test_queries_that_a_batch_shares_go_to_the_fused_kernel_as_they_are(spaces, kv_heads):
+    """torch's compiler would write them out for each item."""
+    compiled = Compiled(Plan(*spaces), dynamic=True, kv_heads=kv_heads)
+    compiled.agrees(5, 9, learned=True)
+    assert "attend_shared" in compiled.operators()
+    for n, m in ((4, 11), (12, 8)):
+        compiled.agrees(n, m, learned=True)
+    assert len(compiled.graphs) == 1
+    compiled.agrees(5, 9)
+    assert "attend_shared" not in compiled.operators()  # of its own queries each item
+
+
+def test_shared_queries_that_are_trained_compile_with_their_gradients():
+    compiled = Compiled(Plan("head", "head"), dynamic=True)
+    queries, b = torch.randn(5, QUERY_DIM, requires_grad=True), torch.randn(BATCH, 9, CONTEXT_DIM)
+    gradients = [torch.autograd.grad(run(queries, b).square().sum(), queries)[0] for run in (compiled.run, compiled.layer)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    assert "attend_shared" not in compiled.operators()
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

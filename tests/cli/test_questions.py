@@ -45,13 +45,15 @@ def test_a_line_without_an_end_stays_bounded_and_is_refused(monkeypatch):
 
 
 def test_questions_of_standard_input_name_their_line(monkeypatch):
+    monkeypatch.setattr(questions, "BATCH_SIZE", 32)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n" * 40)))
     batches = list(questions_from_stdin())
     assert [len(batch) for batch in batches] == [32, 8]
     assert batches[1][0] == Question(b"a", "line 33 of standard input: ")
 
 
-def test_arguments_come_in_batches_and_need_no_place():
+def test_arguments_come_in_batches_and_need_no_place(monkeypatch):
+    monkeypatch.setattr(questions, "BATCH_SIZE", 32)
     batches = list(questions_from_arguments([str(number) for number in range(40)]))
     assert [len(batch) for batch in batches] == [32, 8]
     assert batches[1][7] == Question("39", "")

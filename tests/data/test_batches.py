@@ -97,3 +97,9 @@ def test_faults_of_the_caller_are_named():
         PairBatches([([4], [5]), ([4] * 8, [5] * 4)], 12)
     with pytest.raises(ValueError, match="a step from 0 on, got -1"):
         PairBatches([([4], [5])], 100).batch_at(-1)
+
+
+def test_a_batch_says_whether_its_sources_are_padded_and_keeps_that_on_the_way():
+    for examples, is_padded in (([([5, 6], [7]), ([8, 9], [7, 7])], False), ([([5, 6], [7]), ([8], [7])], True)):
+        batch = PairBatches(examples, 100).batch_at(0).to("cpu")
+        assert batch.is_source_padded is is_padded is (not bool(batch.source_mask.all()))

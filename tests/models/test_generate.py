@@ -340,8 +340,8 @@ def test_sources_that_are_done_leave_the_batch() -> None:
         found = generate(toy)
         assert [hypothesis.ids for hypothesis in found] == [(), (3,), (3, 4, 5), (3,)]
         assert all(hypothesis.is_finished for hypothesis in found)
-        # Dropping copies, so it waits until at least half are done.
-        assert [batch for batch, _ in toy.batches] == [4, 4, 1, 1]
+        # Dropping copies, so it waits until at least a quarter is done.
+        assert [batch for batch, _ in toy.batches] == [4, 3, 1, 1]
 
 
 def test_caches_follow_the_surviving_beams() -> None:

@@ -147,11 +147,12 @@ def test_the_training_loop_leaves_a_run_that_can_be_asked_and_resumed(task, tmp_
 
 
 @pytest.mark.slow
-def test_five_minutes_on_two_cores_reach_18_percent_on_the_test_words(tmp_path):
+def test_five_minutes_on_two_cores_reach_12_percent_of_phonemes_and_44_of_words(tmp_path):
     training = replace(default_training(), threads=2)
     for _ in train(G2PTask(), training, tmp_path / "run"):
         pass
-    assert evaluate(load_run(tmp_path / "run"))["per"] <= 0.18
+    scores = evaluate(load_run(tmp_path / "run"), beams=4)
+    assert scores["per"] <= 0.12 and scores["wer"] <= 0.44
 
 
 def test_capitals_and_spaces_are_spelled_as_in_the_dictionary():

@@ -8,6 +8,7 @@ import pytest
 from crossattention.data.vocabulary import PAD, UNKNOWN, UnknownSymbol, WordTokenizer
 from crossattention.maps import attention_map
 from crossattention.models.generate import Hypothesis
+from crossattention.recipes.translator import _count_together
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,12 @@ def test_alignment_leaves_no_hook_and_no_mode_behind(translator):
 
 def test_the_map_of_nothing_predicted_is_empty(translator):
     assert translator.align("ab", "").weights == []
+
+
+def test_sources_are_computed_together_by_length_count_and_symbols():
+    assert _count_together([3]) == 1
+    assert _count_together([2] * 100 + [3] * 50) == 100  # enough of one length
+    assert _count_together([1] * 10 + [2] * 20 + [3] * 50 + [4]) == 80
+    assert _count_together([2] * 63 + [5]) == 64  # too few to stay among themselves
+    assert _count_together([1 << 14, 1 << 14, 1 << 14]) == 2
+    assert _count_together([1 << 20, 1 << 20]) == 1

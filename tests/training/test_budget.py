@@ -41,6 +41,13 @@ def test_the_first_steps_are_not_timed():
     assert pace.step_seconds == pytest.approx(0.2)
 
 
+def test_a_clock_that_goes_back_counts_as_standing_still():
+    pace = Pace()
+    for seconds in (1.0, 1.0, 1.0, 0.5, -3600.0, 0.5):
+        pace.add_step(seconds)
+    assert (pace.steps, pace.seconds) == (3, 1.0)
+
+
 def test_evaluations_are_averaged():
     pace = Pace()
     pace.evaluation_seconds = 100.0  # a first guess, replaced by the first that is counted

@@ -39,7 +39,7 @@ def test_exactly_one_length_is_given(fields, came):
         ({"steps": 1, "threads": 0}, "threads must be a whole number of at least 1; got 0"),
         ({"steps": 1, "schedule": "cosin"}, "schedule must be one of cosine, .*, constant; got 'cosin'"),
         ({"steps": 1, "precision": "fp16"}, "precision must be one of fp32, bf16; got 'fp16'"),
-        ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw; got 'sgd'"),
+        ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw, muon; got 'sgd'"),
         ({"steps": 1, "device": "tpu"}, "device must be one of auto, cpu; got 'tpu'"),
     ],
 )

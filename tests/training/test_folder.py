@@ -160,6 +160,27 @@ def test_what_a_kill_left_is_cleared(tmp_path):
     assert not (folder.path / ".best.part").exists()
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused_and_the_one_before_it_offered(tmp_path):
+    folder = begun(tmp_path)
+    for step in (3, 5):
+        folder.save_checkpoint(state_at(step))
+    os.rename(folder.checkpoint(5), folder.checkpoint(9))
+    with pytest.raises(ValueError, match=r"step-000009 holds the state of step 5(.|\n)*step-000003, is whole"):
+        folder.load_newest()
+
+
+def test_a_checkpoint_that_was_moved_aside_comes_back(tmp_path):
+    folder = begun(tmp_path)
+    for step in (3, 5):
+        folder.save_checkpoint(state_at(step))
+    os.rename(folder.checkpoint(5), folder.checkpoints / ".step-000005.old")  # a kill between two renames
+    (folder.checkpoints / ".step-000003.old").mkdir()  # a kill after both
+    folder.restore()
+    assert sorted(os.listdir(folder.checkpoints)) == ["step-000003", "step-000005"]
+    state, path = folder.load_newest()
+    assert (state.step, path) == (5, folder.checkpoint(5))
+
+
 def test_the_best_model_lies_with_its_task_and_scores(tmp_path):
     class Model:
         def save_pretrained(self, path):

@@ -527,6 +527,23 @@ def test_minutes_too_short_for_a_step_still_end_with_a_model(tmp_path, clock):
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("step", [5, 100])
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_jumps_loses_nothing(tmp_path, clock, step, jump):
+    class Jumping(ToyTask):
+        def batch_at(self, index):
+            clock.now += jump if index == step - 1 else 0.0
+            return super().batch_at(index)
+
+    config = toy_config(minutes=0.5, evaluations=3)
+    events = list(train(Jumping(delay=0.1, sleep=clock.sleep), config, tmp_path / "run"))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    # Forward the minutes are over, and the run ends at its next look at the clock; back, it does not notice.
+    assert finished.step == step if jump > 0 else 297 - 3 <= finished.step <= 340
+    assert of_kind(events, Saved)[-1].step == of_kind(events, Evaluated)[-1].step == finished.step
+
+
 def test_real_minutes_end_about_in_time(tmp_path):
     begun = time.monotonic()
     list(train(ToyTask(delay=0.001), toy_config(minutes=2 / 60), tmp_path / "run"))

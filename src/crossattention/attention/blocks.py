@@ -368,6 +368,7 @@ class _Gradients:
                 self.keys[heads, part] += brought.view(heads.stop - heads.start, part.stop - part.start, -1)
             else:
                 self.keys[heads.start * self.keys.shape[0] // work.heads, part] += brought
+            del brought  # as large as the part itself, and the values' follows
         if for_values:
             into = self.keys if self.are_same else self.values
             for group, brought in block.value_grads(work, heads):
@@ -382,12 +383,17 @@ class _Block:
         self.score_grads = rows  # set once they are known
 
     def weight_grads(self, work: _Work, heads: slice, part: slice) -> Tensor:
-        """Gradients of the weights (heads, queries, m)."""
-        found = torch.empty_like(self.weights)
+        """Gradients of the weights (heads, queries, m), in memory of their own and in the weights' layout."""
+        is_across, found = _is_across(self.weights), None
         for inside, group in work.value_groups(heads):
             grads = self.out_grads[inside]
             product = multiply(grads.reshape(-1, grads.shape[-1]), work.value_rows(group, part, work.dtype))
-            found[inside] = product.view(grads.shape[0], grads.shape[1], -1)
+            product = product.view(grads.shape[0], grads.shape[1], -1)
+            if product.shape[0] == self.weights.shape[0] and not is_across:
+                return product  # one group's values are read by all: no second block is held
+            found = torch.empty_like(self.weights) if found is None else found
+            found[inside] = product
+        assert found is not None
         return found
 
     def value_grads(self, work: _Work, heads: slice) -> Iterator[tuple[int, Tensor]]:
@@ -422,12 +428,14 @@ def _backward_whole_rows(work: _Work, grads: _Gradients, grad: Tensor, sums_head
         block = _Block(rows, keys, weights, _out_grads(work, grad, heads, queries))
         if grads.wanted[0] or grads.wanted[1]:
             weight_grads = block.weight_grads(work, heads, everything)
+            # In place: a row's sum is taken before any of it is written.
             if _is_across(weights):
-                across = (weight_grads.transpose(1, 2), weights.transpose(1, 2))
-                scores = torch.ops.aten._softmax_backward_data(*across, 1, weights.dtype).transpose(1, 2)
+                into = weight_grads.transpose(1, 2)
+                torch.ops.aten._softmax_backward_data.out(into, weights.transpose(1, 2), 1, weights.dtype, grad_input=into)
             else:
-                scores = torch.ops.aten._softmax_backward_data(weight_grads, weights, -1, weights.dtype)
-            block.score_grads = _flat_scores(work, scores)
+                torch.ops.aten._softmax_backward_data.out(weight_grads, weights, -1, weights.dtype, grad_input=weight_grads)
+            block.score_grads = _flat_scores(work, weight_grads)
+            del weight_grads
         grads.add_block(work, heads, queries, everything, block)
 
 

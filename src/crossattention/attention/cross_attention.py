@@ -544,14 +544,14 @@ class CrossAttention(nn.Module):
         """
         if type(prepared) is not PreparedContext or type(a) is not Tensor:
             return False
-        plan, keys, weight = prepared.plan, prepared.keys, getattr(self._modules["q_proj"], "weight", None)
+        plan, keys, weight = prepared.plan, prepared.keys, self._modules["q_proj"]._parameters.get("weight")  # type: ignore[union-attr]
         return (
             (plan is TEXTBOOK or plan == TEXTBOOK)
             and self._is_plain(a, prepared)
             and self.head_dim == self.value_head_dim
             and a.shape[0] == keys.shape[0]
             and a.shape[2] == self.query_dim
-            and isinstance(weight, Tensor)
+            and weight is not None
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
             and self._is_fresh_cache(prepared)

@@ -30,7 +30,8 @@ _has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """A projection of x (..., inner): `linear` if it is a plain `nn.Linear`, else whatever the module does."""
     if is_plain_linear(projection):
-        return linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+        held = projection._parameters  # asked of the module, each takes as long as all that is asked here
+        return linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
     projected: Tensor = projection(x)
     return projected
 

@@ -9,6 +9,7 @@ rows = repeats x queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +71,11 @@ class ScoreRows:
         """Of the whole map: (z, h, n, m), or (z, r, h, n, m)."""
         z, r, h, n, m = self.sizes
         return (z, h, n, m) if self.repeats is None else (z, r, h, n, m)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._keys.device
 
     @property
     def key_heads(self) -> int:
@@ -159,3 +165,42 @@ class ScoreRows:
         at = at[rows] if at.dim() == 1 else at[items, rows]
         context_at = context_at if context_at.dim() == 1 else context_at[items]
         return part.score_bias(read, at, context_at, self._layer.scale)
+
+
+def rows_of_steps(steps: Sequence[ScoreRows], picks: Tensor) -> ScoreRows:
+    """The rows of whole sequences, as of one call, out of those of their steps, each one query of r beams or samples a context.
+
+    Args:
+        steps: the rows of each step; all read what the first one reads, or some items of it.
+        picks: (z, r, t) the row z' r' + r' of each of the t steps that a sequence goes through; -1 where it has ended, and weights
+            are zero.
+
+    Returns:
+        Rows of (z, r, h, t, m).
+
+    Raises:
+        ValueError: a step of several queries, or one with a mask of pairs.
+    """
+    first = steps[0]
+    if any(step._length != 1 or step.repeats is None or step._attn_mask is not None for step in steps):
+        raise ValueError("steps of one query each, (z, r, 1, a), and without attn_mask can be joined; look at the calls one by one")
+    z, r, t = picks.shape
+    rows = picks.clamp(min=0)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        """Of (z', h, r', c) each: (z, h, r t, c)."""
+        flat = [
+            part.expand(step._prepared.batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+            for part, step in zip(parts, steps, strict=True)
+        ]
+        picked = torch.stack([part[rows[..., s].flatten()] for s, part in enumerate(flat)], 1)
+        return picked.view(z, r * t, *picked.shape[2:]).transpose(1, 2)
+
+    projected = None if first._projected is None else joined([step._projected for step in steps if step._projected is not None])
+    positions = None
+    if first._positions is not None:
+        at = [step._positions.expand(step._prepared.batch, -1).flatten() for step in steps if step._positions is not None]
+        positions = torch.stack([part[rows[..., s]] for s, part in enumerate(at)], -1).flatten(1)
+    is_real = (picks >= 0)[:, :, None, :, None] if bool((picks < 0).any()) else None
+    queries = joined([step._queries for step in steps])
+    return ScoreRows(first._layer, first._prepared, queries, projected, positions, is_real, r, t)

@@ -16,6 +16,7 @@ VERBS = {
     "train": ("crossattention.cli.train", "train a model: `train g2p`, `train seq2seq --data pairs.tsv`"),
     "evaluate": ("crossattention.cli.evaluate", "score a run on the examples it has never seen"),
     "predict": ("crossattention.cli.predict", "ask a run: words as arguments, or one a line on standard input"),
+    "view": ("crossattention.cli.view", "show what a run reads of an input: one HTML page, or a PNG or SVG figure"),
     "plan": ("crossattention.cli.plan", "show every evaluation order of a cross-attention, its cost, and the choice"),
 }
 

@@ -86,13 +86,12 @@ def _answer(ask: Ask, batch: list[Question], *, skip_bad: bool) -> tuple[list[An
                 return [], None
             advice = "; --skip-bad leaves such lines out" if question.place else ""
             return [], ValueError(f"{question.place}{fault}{advice}")
-    answers: list[Answer] = []
-    for question in batch:  # one by one, to answer those that can be read
-        found, stopper = _answer(ask, [question], skip_bad=skip_bad)
-        answers += found
-        if stopper is not None:
-            return answers, stopper
-    return answers, None
+    # By halves, to find what cannot be read and answer the rest in few batches.
+    answers, stopper = _answer(ask, batch[: len(batch) // 2], skip_bad=skip_bad)
+    if stopper is None:
+        more, stopper = _answer(ask, batch[len(batch) // 2 :], skip_bad=skip_bad)
+        answers += more
+    return answers, stopper
 
 
 def _write(loaded: "Run", answers: list[Answer], given: PredictArguments) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import BinaryIO
 
-BATCH_SIZE = 32
+BATCH_SIZE = 4096
+"""Texts that are answered together where so many are there: they are computed in the order of their lengths."""
+
 CHUNK_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 20
 

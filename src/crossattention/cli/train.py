@@ -103,7 +103,20 @@ def _show_results(order: Order, task: "Task", console: Console) -> None:
     width = console.width if console.is_terminal else WIDTH_OF_A_LOG
     _print(console, "", "On examples that it has never seen:", *scores)
     _print(console, "", f"{len(answers)} of them:", *lines.records(labels, answers, width=width, has_header=True))
+    _print(console, "", _write_view(loaded, order, task))
     _print(console, "", f"The run lies in {out}. Ask it:", f"  crossattention predict {out} {shlex.join(to_ask)}")
+
+
+def _write_view(loaded: "Run", order: Order, task: "Task") -> str:
+    """Write the page of the example that was drawn while it trained, and say where it lies."""
+    from crossattention.views.pages import write_page
+
+    text = task.sample_source
+    try:
+        path = write_page(loaded.view(text), order.run.out / "view.html")
+    except ValueError as fault:  # a model that has learned nothing may write nothing
+        return f"No view of {escaped(text)}: {fault}"
+    return f"What it reads of {escaped(text)}, to open in a browser: {path}"
 
 
 def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[str], list[list[str]], list[str]]:

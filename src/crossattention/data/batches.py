@@ -8,7 +8,7 @@ Letters: z batch, m source length, n target length (with BEGIN or END), N exampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class PairBatch:
         labels: (z, n) int64, what it shall answer: the target, then END; PAD beyond.
         indices: which examples these are, one a row.
         num_tokens: real source ids plus real labels.
+        is_source_padded: whether the mask is False anywhere; attention without a mask is cheaper.
     """
 
     source_ids: Tensor
@@ -39,12 +40,13 @@ class PairBatch:
     labels: Tensor
     indices: tuple[int, ...]
     num_tokens: int
+    is_source_padded: bool = True
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
-        tensors = (self.source_ids, self.source_mask, self.target_ids, self.labels)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return PairBatch(*moved, indices=self.indices, num_tokens=self.num_tokens)
+        names = ("source_ids", "source_mask", "target_ids", "labels")
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in names)
+        return replace(self, **dict(zip(names, moved, strict=True)))
 
 
 class _Ragged:
@@ -174,4 +176,5 @@ class PairBatches:
             labels=torch.from_numpy(labels),
             indices=tuple(rows.tolist()),
             num_tokens=int(source_lengths.sum() + target_lengths.sum()) + len(rows),
+            is_source_padded=bool(source_lengths.min() < source_lengths.max()),
         )

@@ -1,5 +1,7 @@
 """Other libraries' modules: taken over, looked into, sped up. One file a library."""
 
+from crossattention.interop.record import Recording, record_attention
+from crossattention.interop.recording import Layer, Recorded
 from crossattention.interop.torch_nn import from_multihead_attention
 
-__all__ = ["from_multihead_attention"]
+__all__ = ["Layer", "Recorded", "Recording", "from_multihead_attention", "record_attention"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crossattention.layers.dropout import Dropout
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -56,7 +58,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.activation = _activation(activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down_proj = nn.Linear(hidden_dim, out_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

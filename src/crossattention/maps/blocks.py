@@ -8,17 +8,50 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
-
-from crossattention.attention.score_rows import ScoreRows
 
 BLOCK_SCORES = 3 << 19
 """Most scores of one block, unless a single row has more: 6 MB in float32. On 512 x 50,176 x 8 heads, 2^20 took a quarter longer,
 as keys are read once for each block; 2^21 and more were up to a fifth quicker and took more memory (dev/LOG.md)."""
 
 Heads = Literal["each", "mean"]
+
+
+class MapRows(Protocol):
+    """A map whose rows are made when they are asked for: `ScoreRows` of our layers, and those of other libraries' kernels."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Of the whole map: z, r (1 without repeats), h, n, m."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole map: (z, h, n, m), or (z, r, h, n, m)."""
+
+    @property
+    def repeats(self) -> int | None:
+        """How many query sequences read each context, None where there is no dimension for them."""
+
+    @property
+    def key_heads(self) -> int:
+        """Number of heads that the keys have."""
+
+    @property
+    def key_width(self) -> int:
+        """Width in which scores meet."""
+
+    @property
+    def makes_all_heads(self) -> bool:
+        """Whether asking for some heads costs as much as for all."""
+
+    @property
+    def context_mask(self) -> Tensor | None:
+        """Bool (z, m), True = may be attended; None if all may."""
+
+    def weights(self, items: slice, repeats: slice, heads: slice, queries: slice) -> Tensor:
+        """Some whole rows, (items, heads, queries, m) or (items, repeats, heads, queries, m), without gradients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +72,7 @@ class Block:
     context_mask: Tensor | None
 
 
-def blocks_of(rows: ScoreRows, kinds: Collection[Heads]) -> Iterator[tuple[Heads, Block]]:
+def blocks_of(rows: MapRows, kinds: Collection[Heads]) -> Iterator[tuple[Heads, Block]]:
     """Every row of a map in blocks, for each kind that is asked for: of each head, or of the mean over heads.
 
     Blocks of the same items, repeats and heads come in the order of their queries. There is at least one block of each kind asked
@@ -65,16 +98,16 @@ def blocks_of(rows: ScoreRows, kinds: Collection[Heads]) -> Iterator[tuple[Heads
         yield "mean", Block(total.div_(rows.shape[-3]), place, shape, _mask_of(rows, item))
 
 
-def _block(rows: ScoreRows, item: slice, repeat: slice, head: slice, query: slice) -> Block:
+def _block(rows: MapRows, item: slice, repeat: slice, head: slice, query: slice) -> Block:
     place = (item, head, query) if rows.repeats is None else (item, repeat, head, query)
     return Block(rows.weights(item, repeat, head, query), place, rows.shape, _mask_of(rows, item))
 
 
-def _mask_of(rows: ScoreRows, item: slice) -> Tensor | None:
+def _mask_of(rows: MapRows, item: slice) -> Tensor | None:
     return None if rows.context_mask is None else rows.context_mask[item]
 
 
-def _cuts(rows: ScoreRows) -> tuple[list[slice], list[slice], list[slice], list[slice]]:
+def _cuts(rows: MapRows) -> tuple[list[slice], list[slice], list[slice], list[slice]]:
     """Slices of items, repeats, heads and queries, whose products are the blocks."""
     z, r, h, n, m = rows.sizes
     share = h // rows.key_heads

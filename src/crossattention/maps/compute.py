@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from crossattention.attention import CrossAttention, PreparedContext
-from crossattention.attention.score_rows import ScoreRows
-from crossattention.maps.blocks import Heads, blocks_of
+from crossattention.maps.blocks import Heads, MapRows, blocks_of
 from crossattention.maps.summaries import Summary
 
 
@@ -100,7 +99,7 @@ def attention_map(
     if not isinstance(layer, CrossAttention):
         raise TypeError(f"attention_map expects a CrossAttention, got {type(layer).__name__}")
     if summaries is not None:
-        _check_summaries(summaries)
+        check_summaries(summaries)
     if isinstance(b, PreparedContext):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
@@ -115,7 +114,7 @@ def attention_map(
     return layer.score_map(a, prepared, **of_queries)
 
 
-def summarise(rows: ScoreRows, summaries: Sequence[Summary]) -> list[Any]:
+def summarise(rows: MapRows, summaries: Sequence[Summary]) -> list[Any]:
     """The result of each summary over all rows."""
     working = [copy.deepcopy(summary) for summary in summaries]
     kinds: dict[Heads, list[Summary]] = {}
@@ -132,7 +131,8 @@ def _heads_of(summary: Summary) -> Heads:
     return getattr(summary, "heads", "each")
 
 
-def _check_summaries(summaries: Sequence[Summary]) -> None:
+def check_summaries(summaries: Sequence[Summary]) -> None:
+    """Refuse what is no list of summaries."""
     if isinstance(summaries, Tensor):
         raise TypeError("summaries must be a list such as [TopK(8), Highlight()], got a Tensor; masks are passed by name")
     if not isinstance(summaries, Sequence):

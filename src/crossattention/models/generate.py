@@ -13,7 +13,7 @@ Legend: z batch, r beams or samples of one source, k hypotheses kept, t symbols 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -76,12 +76,14 @@ class Hypothesis:
         score: log-probability normalised by length; the higher the better.
         log_probability: natural logarithm of the model's probability of the symbols, and of the end if it is finished.
         is_finished: whether the model ended it; otherwise the length limit did.
+        rows: of each symbol, the end included, the row z' r + r' of the step that gave it, in that step's batch.
     """
 
     ids: tuple[int, ...]
     score: float
     log_probability: float
     is_finished: bool
+    rows: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 @torch.no_grad()
@@ -110,7 +112,9 @@ def greedy(
 
     Cost: one encoding, and at most `max_length` steps of the decoder.
     """
-    rows = _roll_out(model, source_ids, source_mask, 1, max_length, length_penalty, lambda logp: logp.argmax(-1))
+    rows = _watched(
+        model, lambda: _roll_out(model, source_ids, source_mask, 1, max_length, length_penalty, lambda logp: logp.argmax(-1))
+    )
     return [row[0] for row in rows]
 
 
@@ -165,7 +169,7 @@ def sample(
         drawn = torch.multinomial(kept.softmax(-1).flatten(0, 1), 1, generator=generator)
         return drawn.view(log_probs.shape[:2])
 
-    return _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw)
+    return _watched(model, lambda: _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw))
 
 
 @torch.no_grad()
@@ -209,6 +213,36 @@ def beam_search(
     _check_at_least_one("num_hypotheses", num_hypotheses)
     if num_hypotheses > beams:
         raise ValueError(f"num_hypotheses must be at most beams, got {num_hypotheses} of {beams} beams; search with more beams")
+    return _watched(model, lambda: _search(model, source_ids, source_mask, beams, length_penalty, max_length, num_hypotheses))
+
+
+# ---------------------------------------------------------------------------------------------- the two ways to grow
+
+
+def _watched(model: Decodable, generate: Callable[[], list[list[Hypothesis]]]) -> list[list[Hypothesis]]:
+    """Generate, and tell the model's `generation_watchers` (`record_attention` sets one) where it begins and what it gives."""
+    watchers = tuple(getattr(model, "generation_watchers", ()))
+    for watcher in watchers:
+        watcher.begin()
+    found: list[list[Hypothesis]] | None = None
+    try:
+        found = generate()
+    finally:
+        for watcher in watchers:
+            watcher.end_with(found)
+    return found
+
+
+def _search(
+    model: Decodable,
+    source_ids: Tensor,
+    source_mask: Tensor | None,
+    beams: int,
+    length_penalty: float,
+    max_length: int,
+    num_hypotheses: int,
+) -> list[list[Hypothesis]]:
+    """Grow `beams` targets of each source until none can win any more."""
     prepared = _prepare(model, source_ids, source_mask, beams, max_length)
     config, penalty = model.config, LengthPenalty(length_penalty, max_length)
     live = _Targets.begin(source_ids, 1, config)
@@ -238,9 +272,6 @@ def beam_search(
         survivors = (rows.unsqueeze(-1) * logits.shape[1] + parents[rows]).flatten()
         caches = [cache.select(survivors) for cache in caches]
     return _hypotheses([*dropped, kept], source_ids.shape[0], penalty)
-
-
-# ---------------------------------------------------------------------------------------------- the two ways to grow
 
 
 def _roll_out(
@@ -282,9 +313,9 @@ def _grow(live: _Targets, log_probs: Tensor, beams: int, end_id: int) -> tuple[_
     parents, symbols = index // log_probs.shape[-1], index % log_probs.shape[-1]
     is_end = symbols == end_id
     candidates = live.pick(parents)
-    candidates = _Targets(
-        live.sources, torch.cat((candidates.ids, symbols.unsqueeze(-1)), -1), best, candidates.lengths + 1, is_end
-    )
+    rows = torch.cat((candidates.rows, live.numbers.gather(1, parents).unsqueeze(-1)), -1)
+    ids = torch.cat((candidates.ids, symbols.unsqueeze(-1)), -1)
+    candidates = _Targets(live.sources, ids, best, candidates.lengths + 1, is_end, rows)
     in_beam = torch.arange(best.shape[1], device=best.device) < beams
     going = best.masked_fill(is_end, -torch.inf).topk(min(beams, best.shape[1])).indices
     return candidates.where(is_end & in_beam), candidates.where(~is_end).pick(going), parents.gather(1, going)
@@ -300,7 +331,7 @@ def _can_still_win(live: _Targets, kept: _Targets, wanted: int, penalty: LengthP
 def _rows_to_go_on(is_done: Tensor) -> Tensor | None:
     """The rows that are not done, if it pays to go on with them alone: dropping rows copies what is kept of the others."""
     going = (~is_done).nonzero()[:, 0]
-    return going if 2 * len(going) <= len(is_done) else None
+    return going if 4 * len(going) <= 3 * len(is_done) else None
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -337,6 +368,7 @@ class _Targets:
         log_probs: (z, c); -inf where there is no target.
         lengths: symbols generated, the end included, (z, c).
         is_finished: bool (z, c).
+        rows: of each symbol generated the row of its step, (z, c, t); -1 where there is no symbol.
     """
 
     sources: Tensor
@@ -344,6 +376,7 @@ class _Targets:
     log_probs: Tensor
     lengths: Tensor
     is_finished: Tensor
+    rows: Tensor
 
     @classmethod
     def begin(cls, source_ids: Tensor, repeats: int, config: Symbols) -> _Targets:
@@ -351,7 +384,13 @@ class _Targets:
         ids = torch.full((z, repeats, 1), config.begin_id, device=device)
         lengths = torch.zeros(z, repeats, dtype=torch.long, device=device)
         log_probs = torch.zeros(z, repeats, device=device)
-        return cls(torch.arange(z, device=device), ids, log_probs, lengths, torch.zeros_like(lengths, dtype=torch.bool))
+        is_finished = torch.zeros_like(lengths, dtype=torch.bool)
+        return cls(torch.arange(z, device=device), ids, log_probs, lengths, is_finished, lengths.new_empty(z, repeats, 0))
+
+    @property
+    def numbers(self) -> Tensor:
+        """The row of each in a step of all of them, (z, c)."""
+        return torch.arange(self.lengths.numel(), device=self.lengths.device).view_as(self.lengths)
 
     @property
     def newest(self) -> Tensor:
@@ -371,6 +410,7 @@ class _Targets:
             self.log_probs + gained,
             self.lengths + ~self.is_finished,
             self.is_finished | (chosen == config.end_id),
+            torch.cat((self.rows, self.numbers.where(~self.is_finished, -1).unsqueeze(-1)), -1),
         )
 
     def select(self, rows: Tensor) -> _Targets:
@@ -379,21 +419,22 @@ class _Targets:
 
     def pick(self, columns: Tensor) -> _Targets:
         """Some columns (z, c') of each row."""
-        ids = self.ids.gather(1, columns.unsqueeze(-1).expand(-1, -1, self.ids.shape[-1]))
+        ids, rows = (t.gather(1, columns.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (self.ids, self.rows))
         picked = (tensor.gather(1, columns) for tensor in (self.log_probs, self.lengths, self.is_finished))
-        return _Targets(self.sources, ids, *picked)
+        return _Targets(self.sources, ids, *picked, rows)
 
     def where(self, condition: Tensor) -> _Targets:
         """Only the targets for which a condition (z, c) or (z,) holds; the others exist no more."""
         condition = condition.unsqueeze(-1) if condition.dim() == 1 else condition
         log_probs = self.log_probs.masked_fill(~condition, -torch.inf)
-        return _Targets(self.sources, self.ids, log_probs, self.lengths, self.is_finished)
+        return _Targets(self.sources, self.ids, log_probs, self.lengths, self.is_finished, self.rows)
 
     def join(self, others: _Targets, pad_id: int) -> _Targets:
         """These and the others, of the same sources; the others' ids are not shorter."""
         ids = F.pad(self.ids, (0, others.ids.shape[-1] - self.ids.shape[-1]), value=pad_id)
+        rows = F.pad(self.rows, (0, others.rows.shape[-1] - self.rows.shape[-1]), value=-1)
         pairs = ((ids, others.ids), *((getattr(self, n), getattr(others, n)) for n in ("log_probs", "lengths", "is_finished")))
-        return _Targets(self.sources, *(torch.cat(pair, 1) for pair in pairs))
+        return _Targets(self.sources, *(torch.cat(pair, 1) for pair in pairs), torch.cat((rows, others.rows), 1))
 
     def best(self, count: int, penalty: LengthPenalty) -> _Targets:
         """The `count` of highest score, best first."""
@@ -410,12 +451,12 @@ def _hypotheses(parts: Iterable[_Targets], num_sources: int, penalty: LengthPena
     """The targets that exist, as plain values, source by source."""
     found: list[list[Hypothesis]] = [[] for _ in range(num_sources)]
     for targets in parts:
-        columns = (targets.ids, targets.lengths, targets.is_finished, targets.log_probs, penalty.score(targets))
+        columns = (targets.ids, targets.lengths, targets.is_finished, targets.log_probs, penalty.score(targets), targets.rows)
         for source, *row in zip(*(tensor.tolist() for tensor in (targets.sources, *columns)), strict=True):
-            for ids, length, is_finished, log_probability, score in zip(*row, strict=True):
+            for ids, length, is_finished, log_probability, score, steps in zip(*row, strict=True):
                 if log_probability > -float("inf"):
                     symbols = ids[1 : 1 + length - is_finished]
-                    found[source].append(Hypothesis(tuple(symbols), score, log_probability, is_finished))
+                    found[source].append(Hypothesis(tuple(symbols), score, log_probability, is_finished, tuple(steps[:length])))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Saving a model as a folder, and loading one: from a folder or from the Hugging Face Hub.
+"""Saving a model as a folder, and loading one: from a folder, from this package, or from the Hugging Face Hub.
 
 A model folder holds `config.json` (the family, the format's version, the fields of the model's config) and `model.safetensors`
 (its weights). Nothing in it is executed. Reading and writing of the files themselves is done by `checkpoints.files`.
@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 FAMILIES: dict[str, tuple[str, str]] = {"transformer": ("crossattention.models.transformer", "Transformer")}
 """Name in `config.json` -> module and class of each model family."""
 
+_BUNDLED = Path(__file__).parents[1] / "recipes" / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -89,8 +90,8 @@ class Pretrained:
         """Load a model of this family, ready to evaluate (dropout off; `train()` turns it on).
 
         Args:
-            name: a folder that `save_pretrained` wrote, or the id of such a folder on the Hugging Face Hub ("owner/name"). A folder
-                of that name comes first.
+            name: a folder that `save_pretrained` wrote; or the id of weights inside this package ("g2p-small"), or of such a folder
+                on the Hugging Face Hub ("owner/name"). A folder of that name comes first.
             revision: branch, tag or commit on the Hub.
             device: where the weights go; default the CPU.
             dtype: dtype of the weights; default as stored.
@@ -120,7 +121,7 @@ def load(
     """Load a model of whatever family its folder names, ready to evaluate.
 
     Args:
-        name: a folder that `save_pretrained` wrote, or the id of one on the Hugging Face Hub.
+        name: a folder that `save_pretrained` wrote, or the id of one inside this package ("g2p-small") or on the Hugging Face Hub.
         revision: branch, tag or commit on the Hub.
         device: where the weights go; default the CPU.
         dtype: dtype of the weights; default as stored.
@@ -140,22 +141,33 @@ def load(
     return _build(getattr(importlib.import_module(module), class_name), folder, config, device, dtype)
 
 
+def bundled() -> dict[str, Path]:
+    """The weights inside this package: id -> folder."""
+    return {path.parent.name: path.parent for path in sorted(_BUNDLED.glob(f"*/{WEIGHTS_FILE}"))}
+
+
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: the one named, or what the Hub has under that id, downloaded once.
+    """The local folder of a model: the one named, the one inside this package, or what the Hub has under that id, downloaded once.
 
     Raises:
         FileNotFoundError: neither a folder nor an id, or an id that the Hub does not have.
-        ValueError: a `revision` with a local folder.
+        ValueError: a `revision` with a local folder or with weights inside this package.
     """
     folder = Path(name)
-    if folder.is_dir():
+    inside = None if folder.exists() else bundled().get(str(name))
+    if folder.is_dir() or inside is not None:
         if revision is not None:
-            raise ValueError(f'{folder} is a local folder and has no revisions, got revision="{revision}"; leave it out')
-        return folder
+            what = "a local folder" if inside is None else "inside this package"
+            raise ValueError(f'{folder} is {what} and has no revisions, got revision="{revision}"; leave it out')
+        return inside or folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no folder {folder}, and it is no id of the Hugging Face Hub (owner/name)")
+        held = ", ".join(bundled()) or "none"
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and it is no id of weights inside this package ({held}) or on the Hugging Face Hub "
+            "(owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.prepared import PreparedContext
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import ACTIVATIONS, FeedForward
 from crossattention.layers.positions import sinusoidal_positions
 from crossattention.models.pretrained import Pretrained
@@ -154,7 +155,7 @@ class Residual(nn.Module):
         super().__init__()
         self.is_pre = config.norm == "pre"
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def enter(self, x: Tensor) -> Tensor:
         """What the sublayer reads."""
@@ -162,7 +163,7 @@ class Residual(nn.Module):
 
     def leave(self, x: Tensor, update: Tensor) -> Tensor:
         """What the next sublayer gets, from this one's input and its result."""
-        x = x + self.dropout(update)
+        x = self.dropout(update, x)
         return x if self.is_pre else self.norm(x)
 
 
@@ -332,7 +333,7 @@ class Transformer(Pretrained, nn.Module):
         self.target_embedding = nn.Embedding(config.target_vocab_size, config.dim)
         self.source_positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
         self.target_positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
-        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.dropout)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.out_proj = nn.Linear(config.dim, config.target_vocab_size, bias=False) if config.tied == "none" else None

@@ -152,5 +152,5 @@ class PairLearner:
         }
 
     def _loss(self, model: nn.Module, batch: PairBatch, smoothing: float) -> Tensor:
-        logits = model(batch.source_ids, batch.target_ids, batch.source_mask)
+        logits = model(batch.source_ids, batch.target_ids, batch.source_mask if batch.is_source_padded else None)
         return label_smoothed_cross_entropy(logits, batch.labels, pad_id=PAD, smoothing=smoothing)

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crossattention.checkpoints.files import read_json
 from crossattention.data.vocabulary import tokenizer_from_json
-from crossattention.models.pretrained import load
+from crossattention.models.pretrained import bundled, load
 from crossattention.recipes import g2p, seq2seq
+from crossattention.recipes.feed_forward_view import feed_forward_view
 from crossattention.recipes.translator import Alignment, OnProgress, Prediction, Translator
+from crossattention.recipes.translator_view import attention_view
+from crossattention.views.content import AttentionView, FeedForwardView
 
 RECIPES = (g2p.RECIPE, seq2seq.RECIPE)
 
@@ -63,16 +68,59 @@ class Run:
         """What each token of a prediction read of the text; see `Translator.align`."""
         return self.translator.align(g2p.letters_of(text) if self.recipe == g2p.RECIPE else text, predicted)
 
+    def view(self, text: str, answer: str | None = None) -> AttentionView:
+        """What a prediction read of a text, in every layer and head, for `views.pages.write_page` and `views.figures`.
+
+        Args:
+            text: what the model reads.
+            answer: what it writes; without it, its own best prediction.
+
+        Raises:
+            ValueError: the text is empty, or the model writes nothing for it.
+            UnknownSymbol: a symbol of the text or of the answer was never seen in training.
+        """
+        return attention_view(self.translator, *self._pair(text, answer))
+
+    def feed_forward_view(
+        self, text: str, answer: str | None = None, *, num_examples: int = 300, on_progress: OnProgress | None = None
+    ) -> FeedForwardView:
+        """Which keys of the decoder's feed-forward layers fire while a text is answered; Args and Raises as in `view`.
+
+        Args:
+            text: what the model reads.
+            answer: what it writes; without it, its own best prediction.
+            num_examples: training texts among which those are looked for on which a key fires most.
+            on_progress: called with the number of these that were read, and that of all.
+        """
+        if self.recipe == g2p.RECIPE:
+            stressed = g2p.config_from_json(self.description["config"]).stressed
+            examples = g2p.training_pairs(stressed=stressed, count=num_examples)
+        else:
+            config = seq2seq.config_from_json(self.description["config"])
+            examples = seq2seq.training_pairs(config, self.description["data"], count=num_examples)
+        note = f"Texts on which a key fires most are looked for among {len(examples)} training texts with the data's answers."
+        if not examples:
+            note = "The run's data is not where it was, or has changed, so no texts are shown on which a key fires."
+        return feed_forward_view(self.translator, *self._pair(text, answer), examples, note=note, on_progress=on_progress)
+
+    def _pair(self, text: str, answer: str | None) -> tuple[str, str]:
+        """What the model reads of a text, and an answer to it: the one given, or its own."""
+        if answer is None:
+            [predictions] = self.predict([text])
+            answer = predictions[0].text
+        return (g2p.letters_of(text) if self.recipe == g2p.RECIPE else text), answer
+
 
 def load_run(folder: str | Path) -> Run:
     """Load the best model of a run.
 
     Args:
         folder: what `crossattention train` wrote (its `best` is taken), or a folder with config.json,
-            model.safetensors and task.json itself.
+            model.safetensors and task.json itself; or the id of weights inside this package, as "g2p-small". A folder of
+            that name comes first.
 
     Returns:
-        The run, its model in evaluation mode on the CPU.
+        The run, its model in evaluation mode on the CPU, in float32 whatever it is stored in.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part of it is missing.
@@ -88,7 +136,7 @@ def load_run(folder: str | Path) -> Run:
         max_length = int(description["max_length"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'task.json'} is damaged or of another version: {error!r}; train again") from error
-    model = load(path)
+    model = load(path, dtype=torch.float32)  # half precision is how weights are stored, not how they are run
     sizes = (model.config.source_vocab_size, model.config.target_vocab_size)
     if sizes != (source.size, target.size):
         raise ValueError(
@@ -131,10 +179,13 @@ def evaluate(run: Run, *, beams: int = 1, on_progress: OnProgress | None = None)
 
 def _find_model(folder: Path) -> Path:
     """The folder that holds the weights of a run's folder, complete."""
+    if not folder.exists() and str(folder) in bundled():
+        return bundled()[str(folder)]
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise FileNotFoundError(
-            f"expected the folder of a run at {folder}, found {found}; `crossattention train g2p --out {folder}` makes one"
+            f"expected the folder of a run at {folder}, found {found}; `crossattention train g2p --out {folder}` makes one, "
+            f"and inside this package there are: {', '.join(bundled()) or 'none'}"
         )
     path = folder / "best" if (folder / "best").is_dir() else folder
     present = [name for name in _PARTS if (path / name).is_file()]

@@ -173,6 +173,11 @@ class Seq2SeqTask:
         return next((metric for metric in self.config.metrics if LOWER_IS_BETTER[metric]), "loss")
 
     @property
+    def sample_source(self) -> str:
+        """The text that is drawn at each evaluation."""
+        return self.readable[0][0]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches that hold every training pair once."""
         return self.learner.steps_per_epoch
@@ -269,6 +274,21 @@ def check_files(config: Seq2SeqConfig, digests: Mapping[str, str]) -> None:
                 f"{path} has changed since the run was trained: expected sha256 {then}, got {now}; with other data, "
                 "pairs that were trained on may be scored as unseen"
             )
+
+
+def training_pairs(config: Seq2SeqConfig, digests: Mapping[str, str], *, count: int) -> Pairs:
+    """Some training pairs, always the same ones; none where the files are not those that the run was trained on.
+
+    Args:
+        config: the run's.
+        digests: the SHA-256 of each file then.
+        count: the most pairs.
+    """
+    try:
+        check_files(config, digests)
+    except (OSError, ValueError):
+        return []
+    return sorted(read_parts(config).train, key=lambda pair: _digest(pair[0]))[:count]
 
 
 def _config_to_json(config: Seq2SeqConfig) -> dict[str, Any]:

@@ -19,6 +19,15 @@ from crossattention.data.vocabulary import BEGIN, PAD, UNKNOWN, Tokenizer, Unkno
 from crossattention.maps import attention_map
 from crossattention.models.generate import Hypothesis, beam_search, greedy
 
+_TOGETHER = 256
+"""Texts that are computed at once, at most: enough that Python's share of a step is small (dev/LOG.md)."""
+
+_ENOUGH = 64
+"""From so many texts of one length on, longer ones wait for the next batch: nothing is padded then, and no mask is needed."""
+
+_SYMBOLS_TOGETHER = 1 << 15
+"""Symbols of the sources that are computed at once, at most, unless one source alone has more: long texts must fit the memory."""
+
 OnProgress = Callable[[int, int], None]
 """Is told now and then how much is done, and how much there is."""
 
@@ -58,6 +67,21 @@ class Alignment:
     weights: list[list[float]]
 
 
+@dataclass(frozen=True, eq=False)
+class LayerMaps:
+    """The cross-attention of every decoder layer over one text.
+
+    Args:
+        rows: the predicted tokens, n of them.
+        columns: the source's tokens, m of them.
+        weights: (layers, heads, n, m).
+    """
+
+    rows: list[str]
+    columns: list[str]
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class Translator:
     """A model and what turns its ids into text.
@@ -83,7 +107,8 @@ class Translator:
             texts: any iterable, also an endless one; `batch_size` texts are taken before the first is answered.
             beams: width of the beam search; 1 is greedy.
             num_hypotheses: the most predictions a text, all different, best first; at most `beams`.
-            batch_size: texts that are computed together; 1 answers each before the next is taken.
+            batch_size: texts that are taken together, and computed in the order of their lengths, at most 256 at once; 1 answers
+                each before the next is taken.
 
         Returns:
             An iterator with one list of predictions a text, in their order.
@@ -110,16 +135,15 @@ class Translator:
         """
         encoded = [self._encoded_or_none(text) for text in texts]
         readable = [index for index, ids in enumerate(encoded) if ids is not None]
-        readable.sort(key=lambda index: len(encoded[index] or ()))
         answers = [Prediction("", float("-inf"), float("-inf"), is_finished=False)] * len(texts)
+        num_done = 0
         with _evaluating(self.model):
-            for begin in range(0, len(readable), batch_size):
-                rows = readable[begin : begin + batch_size]
-                found = self._search([encoded[index] or [] for index in rows], beams, 1)
-                for index, hypotheses in zip(rows, found, strict=True):
-                    answers[index] = self._prediction(hypotheses[0])
+            for rows, found in self._by_length([encoded[index] or [] for index in readable], beams, 1, batch_size):
+                for row, hypotheses in zip(rows, found, strict=True):
+                    answers[readable[row]] = self._prediction(hypotheses[0])
+                num_done += len(rows)
                 if on_progress is not None:
-                    on_progress(begin + len(rows), len(readable))
+                    on_progress(num_done, len(readable))
         return answers
 
     def align(self, text: str, predicted: str) -> Alignment:
@@ -135,15 +159,34 @@ class Translator:
         Raises:
             UnknownSymbol: a symbol that was never seen in training.
         """
+        maps = self.layer_maps(text, predicted)
+        weights = maps.weights.mean(dim=(0, 1))
+        rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]
+        return Alignment(maps.rows, maps.columns, rounded)
+
+    def layer_maps(self, text: str, predicted: str) -> LayerMaps:
+        """What each token of a prediction read of the text, in every layer and head; Args and Raises as in `align`.
+
+        Row i is of the step that wrote token i; the last step, which ends the prediction, has no row.
+        """
         source_ids = self._encode(text)
         target_ids = self.target.encode(predicted)
         maps = self._cross_attention_maps(source_ids, [BEGIN, *target_ids])
-        weights = maps.mean(dim=(0, 1))[: len(target_ids)]
-        rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]
-        return Alignment(self.target.tokens(target_ids), self.source.tokens(source_ids), rounded)
+        weights = maps[:, :, : len(target_ids)]
+        return LayerMaps(self.target.tokens(target_ids), self.source.tokens(source_ids), weights)
+
+    def read_along(self, text: str, predicted: str) -> list[str]:
+        """Run the model over a text and a prediction of it, for hooks to look on; the prediction's tokens, n of them.
+
+        The decoder runs over n + 1 steps: step i writes token i, the last one the end. Args and Raises as in `align`.
+        """
+        source_ids, target_ids = self._encode(text), self.target.encode(predicted)
+        with _evaluating(self.model):
+            self.model(self._tensor([source_ids]), self._tensor([[BEGIN, *target_ids]]))
+        return self.target.tokens(target_ids)
 
     def _cross_attention_maps(self, source_ids: list[int], decoder_ids: list[int]) -> Tensor:
-        """The weights of every layer's cross-attention, (layers, heads, n, m)."""
+        """The weights of every layer's cross-attention, (layers, heads, n + 1, m)."""
         seen: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = []
         layers = [layer.cross_attention for layer in self.model.decoder.layers]
         hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
@@ -158,10 +201,13 @@ class Translator:
     def _predict_lazily(self, texts: Iterable[str], beams: int, num_hypotheses: int, batch_size: int) -> Iterator[list[Prediction]]:
         for batch, fault in self._encoded_batches(texts, batch_size):
             if batch:
+                answers: list[list[Hypothesis]] = [[]] * len(batch)
                 with _evaluating(self.model):
                     # All that were found, where several are wanted, since some may be the same text.
-                    found = self._search(batch, beams, 1 if num_hypotheses == 1 else beams)
-                for hypotheses in found:
+                    for rows, found in self._by_length(batch, beams, 1 if num_hypotheses == 1 else beams, _TOGETHER):
+                        for row, hypotheses in zip(rows, found, strict=True):
+                            answers[row] = hypotheses
+                for hypotheses in answers:
                     yield self._different(hypotheses)[:num_hypotheses]
             if fault is not None:
                 raise fault
@@ -192,10 +238,23 @@ class Translator:
         except UnknownSymbol:
             return None
 
+    def _by_length(
+        self, sources: list[list[int]], beams: int, num_hypotheses: int, together: int
+    ) -> Iterator[tuple[list[int], list[list[Hypothesis]]]]:
+        """Places of some sources, and what was found for these: short ones first, so little is padded and most end together."""
+        order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+        begin = 0
+        while begin < len(order):
+            end = begin + _count_together([len(sources[row]) for row in order[begin : begin + together]])
+            yield order[begin:end], self._search([sources[row] for row in order[begin:end]], beams, num_hypotheses)
+            begin = end
+
     def _search(self, sources: list[list[int]], beams: int, num_hypotheses: int) -> list[list[Hypothesis]]:
         width = max(map(len, sources))
         source_ids = self._tensor([ids + [PAD] * (width - len(ids)) for ids in sources])
-        source_mask = self._tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources]).bool()
+        source_mask = None
+        if min(map(len, sources)) < width:  # attention without a mask is cheaper
+            source_mask = self._tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources]).bool()
         if beams == 1:
             return [[found] for found in greedy(self.model, source_ids, source_mask, max_length=self.max_length)]
         return beam_search(
@@ -233,3 +292,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def _count_together(lengths: Sequence[int]) -> int:
+    """How many of the first sources, given their rising lengths, are computed at once; at least one."""
+    for count in range(1, len(lengths)):
+        is_longer = lengths[count] > lengths[count - 1]
+        if (is_longer and count >= _ENOUGH) or (count + 1) * lengths[count] > _SYMBOLS_TOGETHER:
+            return count
+    return len(lengths)

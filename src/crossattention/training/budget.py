@@ -49,7 +49,8 @@ class Pace:
     _evaluations: int = 0
 
     def add_step(self, seconds: float) -> None:
-        """Count one step; the very first ones are left out."""
+        """Count one step; the very first ones are left out, and a clock that went back counts as one that stood still."""
+        seconds = max(0.0, seconds)
         if self._untimed_steps < _UNTIMED_STEPS:
             self._untimed_steps += 1
             return

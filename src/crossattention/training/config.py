@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from crossattention.training.schedules import ScheduleName
 
-OptimizerName = Literal["adamw"]
+OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu"]
 
@@ -29,7 +29,7 @@ class TrainConfig:
             (dim * warmup_steps) ** -0.5 with the schedule "inverse-sqrt".
         schedule: what the learning rate does after the warm-up.
         warmup_steps: steps over which the learning rate rises in a line from 0; at most a fifth of the run.
-        optimizer: what makes a step of a gradient.
+        optimizer: what makes a step of a gradient; "muon" takes the matrices inside the model (muon.py), AdamW the rest.
         weight_decay: decoupled weight decay, on matrices only (no biases, norms or vectors).
         betas: AdamW's decay rates of the two running means.
         epsilon: AdamW's constant in the denominator.

@@ -129,6 +129,10 @@ class RunFolder:
         """Clear what a kill left unfinished."""
         self.checkpoints.mkdir(exist_ok=True)
         restore_folder(self.best)
+        for aside in list(
+            self.checkpoints.glob(".step-*.old")
+        ):  # where names cannot be swapped, a checkpoint that was being replaced
+            restore_folder(self.checkpoints / aside.name.removeprefix(".").removesuffix(".old"))
         for left in self.checkpoints.glob(".*.part"):
             shutil.rmtree(left)
 
@@ -141,9 +145,8 @@ class RunFolder:
         steps = self.saved_steps()
         if not steps:
             return None
-        newest = self.checkpoint(steps[-1])
         try:
-            return load_state(newest), newest
+            return self._load(steps[-1]), self.checkpoint(steps[-1])
         except ValueError as error:
             raise ValueError(f"{error}.\n{self._offer(steps)}") from error
 
@@ -215,6 +218,13 @@ class RunFolder:
                 ) from error
             yield
 
+    def _load(self, step: int) -> State:
+        """The checkpoint of a step; a ValueError where it is damaged or of another step."""
+        state = load_state(self.checkpoint(step))
+        if state.step != step:
+            raise ValueError(f"{self.checkpoint(step)} holds the state of step {state.step}: its folder was renamed or copied")
+        return state
+
     def _check_writable(self) -> None:
         probe = self.path / ".probe"
         try:
@@ -231,7 +241,7 @@ class RunFolder:
         for step in reversed(steps[:-1]):
             whole = self.checkpoint(step)
             try:
-                load_state(whole)
+                self._load(step)
             except ValueError:
                 damaged.append(whole)
                 continue

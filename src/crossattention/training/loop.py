@@ -355,7 +355,7 @@ class _Run:
     # ---- time
 
     def _elapsed(self) -> float:
-        return self.progress.seconds + time.monotonic() - self.started_at
+        return self.progress.seconds + max(0.0, time.monotonic() - self.started_at)  # a clock that went back gives no time back
 
     def _seconds_left(self) -> float | None:
         progress = self.progress

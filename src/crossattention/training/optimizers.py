@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crossattention.training.config import TrainConfig
+from crossattention.training.muon import Muon
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -27,25 +28,34 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, Optimiz
         Name -> optimizer; together they hold every trained parameter once.
 
     Raises:
-        ValueError: nothing in the model is trained.
+        ValueError: nothing in the model is trained, or by Muon no matrix of it.
 
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101 (AdamW).
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101 (AdamW); muon.py.
     """
     decayed, plain = _split_by_decay(model)
     if not decayed and not plain:
         raise ValueError("the model has no parameter with requires_grad=True: there is nothing to train")
+    optimizers: dict[str, Optimizer] = {}
+    if config.optimizer == "muon":
+        inner = _inner_matrices(model, decayed)
+        if not inner:
+            raise ValueError('optimizer="muon" needs a matrix inside the model, beside embeddings and outer layers; found none')
+        decayed = [parameter for parameter in decayed if not any(parameter is matrix for matrix in inner)]
+        optimizers["muon"] = Muon(inner, lr=config.learning_rate, weight_decay=config.weight_decay)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     parameters = decayed + plain
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        fused=all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters),
-    )
-    for group in adamw.param_groups:
-        group["initial_lr"] = config.learning_rate
-    return {"adamw": adamw}
+    if parameters:
+        optimizers["adamw"] = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
+            fused=all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters),
+        )
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = config.learning_rate
+    return optimizers
 
 
 def optimizer_tensors(optimizers: Mapping[str, Optimizer], model: nn.Module) -> dict[str, Tensor]:
@@ -106,3 +116,11 @@ def _split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
             is_plain = parameter.ndim < 2 or name.endswith("bias") or "Norm" in type(module).__name__
             (plain if is_plain else decayed)[parameter] = None
     return list(decayed), [parameter for parameter in plain if parameter not in decayed]
+
+
+def _inner_matrices(model: nn.Module, decayed: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Weights of the linear layers inside: not the model's own children's, by custom its input or output, nor embeddings'."""
+    outer = {id(p) for module in model.children() for p in module.parameters(recurse=False)}
+    outer |= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    inner = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - outer
+    return [parameter for parameter in decayed if id(parameter) in inner]

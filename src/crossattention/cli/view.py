@@ -1,0 +1,109 @@
+"""`crossattention view`: what a run read of an input, as one HTML page or as a figure."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from crossattention.recipes.run import Run
+    from crossattention.views.content import AttentionView, FeedForwardView, MemoryLayer
+
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class ViewArguments:
+    """Show what a run reads of an input: one HTML file that opens from disk, or a figure as PNG or SVG.
+
+    Args:
+        run: folder of the run.
+        input: the text to read.
+        out: file to write, ending in .html, .png or .svg; attention-INPUT.html in this folder where it is not given.
+        answer: the output to look at, in the place of the run's own.
+        layer: the layer to show first, or in a figure; the mean of all where it is not given.
+        head: the head of that layer; the mean of all where it is not given.
+        feed_forward: show the decoder's feed-forward layers as memories instead: which keys fire, what their values promote,
+            and on which training texts.
+        json: print the numbers as one JSON object; a file is then written only where one is named.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    input: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    answer: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    layer: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    head: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    feed_forward: bool = False
+    json: bool = False
+
+
+def run(arguments: Sequence[str], *, prog: str) -> int:
+    """Write the file, or print the numbers."""
+    given = tyro.cli(ViewArguments, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+    from crossattention.cli.weights import load_and_say, measuring
+    from crossattention.views.figures import FORMATS, write_figure
+    from crossattention.views.files import checked_path
+    from crossattention.views.pages import write_page
+    from crossattention.views.selection import check_choice
+
+    out = given.out if given.out is not None or given.json else Path(_name(given.input))
+    if out is not None:
+        checked_path(out, (".html", *FORMATS))  # before the work, not after it
+    loaded = load_and_say(given.run)
+    with measuring("reading the input") as show:
+        view = _view(loaded, given, show)
+    check_choice(view, given.layer, given.head)
+    if out is not None:
+        write: Callable[..., Path] = write_page if out.suffix.lower() == ".html" else write_figure
+        write(view, out, layer=given.layer, head=given.head)
+    if given.json:
+        print(json.dumps(_facts(loaded, given, view, out), ensure_ascii=False))
+    else:
+        print(out)
+    return 0
+
+
+def _view(loaded: "Run", given: ViewArguments, show: Callable[[int, int], None]) -> "AttentionView | FeedForwardView":
+    if given.feed_forward:
+        return loaded.feed_forward_view(given.input, given.answer, on_progress=show)
+    return loaded.view(given.input, given.answer)
+
+
+def _name(text: str) -> str:
+    """A file name out of an input: its letters and digits, whatever else it holds."""
+    letters = re.sub(r"\W+", "-", text).strip("-")[:LONGEST_NAME]
+    return f"attention-{letters or 'input'}.html"
+
+
+def _facts(loaded: "Run", given: ViewArguments, view: "AttentionView | FeedForwardView", out: Path | None) -> dict[str, Any]:
+    """All that the view shows, its numbers included."""
+    from crossattention.cli.weights import weights_digest
+    from crossattention.views.content import FeedForwardView
+
+    facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step, "sha256": weights_digest(loaded)}
+    facts |= {"input": given.input, "title": view.title, "file": None if out is None else str(out)}
+    if isinstance(view, FeedForwardView):
+        return {**facts, "tokens": view.tokens.tokens, "layers": [_memory(layer) for layer in view.layers]}
+    layers = [{"name": layer.name, "kind": layer.kind, "weights": _rounded(layer.weights)} for layer in view.layers]
+    return {**facts, "queries": view.queries.tokens, "context": view.context.tokens, "layers": layers}
+
+
+def _memory(layer: "MemoryLayer") -> dict[str, Any]:
+    keys = {str(key): asdict(found) for key, found in layer.keys.items()}
+    top = {
+        "top_keys": layer.top_keys.tolist(),
+        "coefficients": layer.coefficients.tolist(),
+        "num_firing": layer.num_firing.tolist(),
+    }
+    return {"name": layer.name, "size": layer.size, **top, "keys": keys}
+
+
+def _rounded(weights: Any) -> Any:
+    """Nested lists with six decimals: float32 has no more."""
+    return [[[round(weight, 6) for weight in row] for row in head] for head in weights.tolist()]
