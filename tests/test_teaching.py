@@ -81,7 +81,8 @@ def test_the_notebook_was_run_from_top_to_bottom() -> None:
 def run_notebook(notebook: dict, folder: Path) -> None:
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    patience = {"timeout": 600, "startup_timeout": 300}  # seconds a cell, and until the kernel answers, on a busy machine
+    NotebookClient(notebook, **patience, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
 
 
 @pytest.mark.slow
