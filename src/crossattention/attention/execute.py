@@ -222,17 +222,8 @@ def attend_heads(
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
     if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         if kernel == "fused" or torch.compiler.is_exporting():
-            dtype = queries.dtype
-            if _trains_in_half_on_cpu(queries, keys, values):
-                is_shared = keys is values
-                queries, keys = queries.float(), keys.float()
-                values = keys if is_shared else values.float()
-            if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
-                with torch.autocast("cpu", enabled=False):
-                    out = attend_fused(queries, keys, values, mask, scale)
-            else:
-                out = attend_fused(queries, keys, values, mask, scale)
-            return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(dtype)), mask.live
+            out = attend_fused(queries, keys, values, mask, scale)
+            return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(queries.dtype)), mask.live
         if not is_transformed():
             with torch.autocast(queries.device.type, enabled=False):
                 return attend_blocks(queries, keys, values, mask.tensor, mask.live, scale, sums_heads), mask.live
@@ -356,24 +347,6 @@ def _dropout_factors(weights: Tensor, dropout: float) -> Tensor:
     """0 or 1 / (1 - p) for each weight, drawn in the order of (z, h, n, m) whatever the layout of the weights is."""
     factors, scale = drawn_factors(weights.shape, dropout, weights.dtype, weights.device)
     return factors.mul_(scale)
-
-
-def _trains_in_half_on_cpu(*read: Tensor) -> bool:
-    """Whether the fused kernel is better in float32: with its backward pass it took 1.4 to 5 times as long in half, up to 128 keys.
-
-    At 512 both take the same time (dev/LOG.md); from there on the half's memory counts.
-    """
-    return (
-        read[0].device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and read[0].dtype in (torch.bfloat16, torch.float16)
-        and read[1].shape[2] <= _WIDENED_KEYS
-        and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in read)
-    )
-
-
-_WIDENED_KEYS = 256
 
 
 def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:

@@ -15,11 +15,28 @@ from torch import Tensor
 
 from crossattention.attention.masks import ScoreMask
 
+_WIDENED_KEYS = 256
+"""Keys up to which half precision trains in float32 on a CPU."""
 _LIBRARY = torch.library.Library("crossattention", "FRAGMENT")
 _LIBRARY.define("attend_shared(Tensor queries, Tensor keys, Tensor values, float scale) -> Tensor")
 
 
 def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale: float) -> Tensor:
+    """Let queries (z or 1, h or 1, n, c) read keys (z, g, m, c) and values (z, g', m, w): (z, h, n, w).
+
+    Float32 for half precision where the kernel is quicker so.
+    """
+    if _trains_in_half_on_cpu(queries, keys, values):
+        is_shared = keys is values
+        queries, keys = queries.float(), keys.float()
+        values = keys if is_shared else values.float()
+    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
+        with torch.autocast("cpu", enabled=False):
+            return _read(queries, keys, values, mask, scale)
+    return _read(queries, keys, values, mask, scale)
+
+
+def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale: float) -> Tensor:
     """`scaled_dot_product_attention` with as few key-value heads as there are: heads that share one are laid into the length."""
     heads = max(queries.shape[1], keys.shape[1], values.shape[1])
     groups = max(keys.shape[1], values.shape[1])
@@ -47,6 +64,21 @@ def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask,
     if mask.live is not None and _must_zero_empty_rows(out):
         out = out.masked_fill(~mask.live, 0.0)
     return out
+
+
+def _trains_in_half_on_cpu(*read: Tensor) -> bool:
+    """Whether the fused kernel is better in float32: with its backward pass it took 1.4 to 5 times as long in half, up to 128 keys.
+
+    At 512 both take the same time (dev/LOG.md); from there on the half's memory counts.
+    """
+    return (
+        read[0].device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and read[0].dtype in (torch.bfloat16, torch.float16)
+        and read[1].shape[2] <= _WIDENED_KEYS
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in read)
+    )
 
 
 def _spread(tensor: Tensor, groups: int) -> Tensor:
