@@ -274,7 +274,7 @@ def _load(name: str | Path, revision: str | None, device: torch.device | str | N
 
     from crossattention.checkpoints.families import open_checkpoint
 
-    opened = open_checkpoint(place)
+    opened = open_checkpoint(place, asked)
     with opened.weights:
         if asked is not None and opened.model_class is not asked:
             raise ValueError(
