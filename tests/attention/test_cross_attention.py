@@ -382,7 +382,7 @@ def assert_extends(plan, first, more, masked):
 
 
 def test_an_extended_prepared_context_is_that_of_both_parts_end_to_end():
-    for plan, case in zip(ALL_PLANS, itertools.cycle(EXTENDED)):  # noqa: B905
+    for plan, case in zip(ALL_PLANS, itertools.cycle(EXTENDED)):
         assert_extends(plan, *case)
 
 

@@ -204,7 +204,7 @@ def test_norms_are_of_the_given_kind_and_weights_of_the_given_dtype() -> None:
         ({"dropout": 1.5}, ValueError, "1.5"),
         ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
         ({"gate": True}, TypeError, "gate"),
-        ({"bias": ("q_proj",)}, TypeError, "bias must be True or False, got tuple"),
+        ({"bias": ("q_proj",)}, TypeError, "bias must be True or False, for both sublayers, got tuple"),
     ],
 )
 def test_what_is_refused(changes, kind, message) -> None:
@@ -216,6 +216,17 @@ def test_wrong_input_is_named_by_the_attention_inside() -> None:
     block, (a, b) = make_block(), make_inputs()
     with pytest.raises(ValueError, match="context has width 6 but this layer was built with context_dim=9"):
         block(a, a)
+    for wrong, name, width in (
+        (b, "queries", "width 9 .*query_dim=6"),
+        (a.float(), "queries", "float32"),
+        (a[0, 0, 0], "queries", "none"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} .*{width}"):
+            block(wrong, b)
+    with pytest.raises(ValueError, match="context of width 6 where this block was built with context_dim=9"):
+        make_block(context_norm=True)(a, a)
+    with pytest.raises(TypeError, match=r"queries must be a tensor .*, got NoneType"):
+        attention_map(block, None, b)
     with pytest.raises(ValueError, match="batch 2 but the context has batch 1"):
         block(a, b[:1])
     with pytest.raises(ValueError, match="belongs to the prepared context"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, PreparedContext
-from crossattention.attention.cross_attention import check_size
+from crossattention.attention.cross_attention import check_is_tensor, check_size
 from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import FeedForward
 
@@ -190,11 +190,15 @@ class CrossAttentionBlock(nn.Module):
 
     def enter(self, a: Tensor) -> Tensor:
         """What the attention gets of A."""
+        self._check("queries", a, self.attention.query_dim, "query_dim")
         return self.attention_norm(a) if self.norm == "pre" else a
 
     def enter_context(self, b: Tensor) -> Tensor:
         """What the attention gets of B."""
-        return b if self.context_norm is None else self.context_norm(b)
+        if self.context_norm is None:
+            return b  # the attention checks it
+        self._check("context", b, self.attention.context_dim, "context_dim")
+        return self.context_norm(b)
 
     def leave(self, a: Tensor, update: Tensor) -> Tensor:
         """A after its attention gave `update`."""
@@ -231,6 +235,16 @@ class CrossAttentionBlock(nn.Module):
         """What the attention inside is asked, for `attention_map(block, a, b)`."""
         context = self.of_attention(b) if isinstance(b, PreparedContext) else self.enter_context(b)
         return Reading(self.attention, self.enter(a), context)
+
+    def _check(self, name: str, tensor: Tensor, width: int, argument: str) -> None:
+        """Refuse what a norm would not take, in the words of the attention."""
+        check_is_tensor(name, tensor)
+        self.attention._check_tensor(name, tensor)
+        if tensor.dim() == 0 or tensor.shape[-1] != width:
+            raise ValueError(
+                f"{name} of width {tensor.shape[-1] if tensor.dim() else 'none'} where this block was built with {argument}={width}; "
+                f"got shape {tuple(tensor.shape)}; project them first or build CrossAttentionBlock({argument}=...) for their width"
+            )
 
     def _norm_weights(self) -> list[tuple[str, Tensor]]:
         assert self.context_norm is not None
