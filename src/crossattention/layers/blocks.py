@@ -241,8 +241,9 @@ class CrossAttentionBlock(nn.Module):
         check_is_tensor(name, tensor)
         self.attention._check_tensor(name, tensor)
         if tensor.dim() == 0 or tensor.shape[-1] != width:
+            found = tensor.shape[-1] if tensor.dim() else "none"
             raise ValueError(
-                f"{name} of width {tensor.shape[-1] if tensor.dim() else 'none'} where this block was built with {argument}={width}; "
+                f"{name} of width {found} where this block was built with {argument}={width}; "
                 f"got shape {tuple(tensor.shape)}; project them first or build CrossAttentionBlock({argument}=...) for their width"
             )
 
