@@ -240,11 +240,11 @@ class CrossAttentionBlock(nn.Module):
         """Refuse what a norm would not take, in the words of the attention."""
         check_is_tensor(name, tensor)
         self.attention._check_tensor(name, tensor)
-        if tensor.dim() == 0 or tensor.shape[-1] != width:
-            found = tensor.shape[-1] if tensor.dim() else "none"
+        given = tensor.shape[-1] if tensor.dim() else "none"
+        if given != width:
             raise ValueError(
-                f"{name} of width {found} where this block was built with {argument}={width}; "
-                f"got shape {tuple(tensor.shape)}; project them first or build CrossAttentionBlock({argument}=...) for their width"
+                f"{name} of width {given} where this block was built with {argument}={width}; got shape {tuple(tensor.shape)}; "
+                f"project them first or build CrossAttentionBlock({argument}=...) for their width"
             )
 
     def _norm_weights(self) -> list[tuple[str, Tensor]]:
