@@ -168,6 +168,9 @@ def test_a_cut_file_of_several_is_named(tmp_path: Path) -> None:
         Weights(index)
 
 
+ONE = b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
 def header(content: object, data: int = 0) -> bytes:
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return struct.pack("<Q", len(text)) + text + b"\0" * data
@@ -177,7 +180,7 @@ def header(content: object, data: int = 0) -> bytes:
     "content",
     [
         header(b"[" * 100_000),
-        header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', 4),
+        header(b'{"a": ' + ONE + b', "a": ' + ONE + b"}", 4),
         header({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, 4),
         header({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "x"]}}, 4),
         header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4),
