@@ -11,8 +11,8 @@ Where this file follows the authors' code because the paper is silent or says ot
   read 240 x 240 and 224 x 224 pixels, although the paper speaks of 224;
 - the rate of stochastic depth rises linearly over the layers of the longer branch; a fusion has that of its encoder's last layer.
 
-What that code computes and nothing reads is not computed here: the norm of patches after the last fusion, the sequences put together
-after it, and the sublayers of images that stochastic depth leaves out. The result is the same.
+What that code computes and nothing reads is not computed here: the norm of patches after the last fusion, the sequences put
+together after it, and the sublayers of images that stochastic depth leaves out. The result is the same.
 
 Legend: z batch, c channels, H W height and width of the image, p patches of a branch, d width of a branch, s the small-patch branch
 and l the large-patch branch; pairs are in this order.
@@ -50,8 +50,8 @@ class CrossViTConfig:
 
     Args:
         classes: number of classes.
-        image_size: height and width of the images, or one number for both. A branch's size need not be a multiple of its patch: what
-            fills no patch at the right and at the bottom is not read, as by any convolution.
+        image_size: height and width of the images, or one number for both. A branch's size need not be a multiple of its patch:
+            what fills no patch at the right and at the bottom is not read, as by any convolution.
         scales: factor from the image's size to what each branch sees, rounded down.
         patch_sizes: side of the patches of each branch; with `stem="convolutions"` 12 or 16.
         dims: width of each branch.
@@ -381,8 +381,8 @@ class CrossViT(Pretrained, nn.Module):
     Source: Chen et al. 2021, arXiv:2103.14899.
 
     Example:
-        >>> model = CrossViT(CrossViTConfig(classes=5, image_size=48, patch_sizes=(6, 12), dims=(16, 32), heads=(2, 2), scales=(1, 1)))
-        >>> model(torch.randn(2, 3, 48, 48)).shape
+        >>> config = CrossViTConfig(classes=5, image_size=48, scales=(1.0, 1.0), patch_sizes=(6, 12), dims=(16, 32), heads=(2, 2))
+        >>> CrossViT(config)(torch.randn(2, 3, 48, 48)).shape
         torch.Size([2, 5])
     """
 
@@ -458,8 +458,8 @@ class CrossViT(Pretrained, nn.Module):
         wanted = (self.config.channels, *self.config.image_size)  # type: ignore[misc]
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(
-                f"images must be (batch, {', '.join(map(str, wanted))}) as this model was built for, got shape {tuple(images.shape)}; "
-                "resize them, or build the model with another image_size or channels"
+                f"images must be (batch, {', '.join(map(str, wanted))}) as this model was built for, got shape "
+                f"{tuple(images.shape)}; resize them, or build the model with another image_size or channels"
             )
         dtype = self.positions[0].dtype
         if images.dtype != dtype and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
