@@ -2,11 +2,11 @@
 
     python benchmarks/models.py [crossvit ...] [--only TEXT ...] [--threads 2] [--budget 20] [--processor-time] [--json FILE]
 
-Each architecture has its cases in a file of its own, `models_NAME.py`: a model of ours and the reference's with the same weights and
-the same input, in float32 and bfloat16, batch 1 and 8, forward and training step. A training step is forward, loss and backward, as
-the optimizer is the same for both. Before a case is timed, both results are compared. Ours and theirs run in turn in one process, in
-shuffled order; figures are medians, "times" is the reference's median over ours, and "asked" what it must reach. "MB" is the most
-memory that tensors of one call hold at once: activations, and in a training step gradients.
+Each architecture has its cases in a file of its own, `models_NAME.py`: a model of ours and the reference's with the same weights
+and the same input, in float32 and bfloat16, batch 1 and 8, forward and training step. A training step is forward, loss and
+backward, as the optimizer is the same for both. Before a case is timed, both results are compared. Ours and theirs run in turn in
+one process, in shuffled order; figures are medians, "times" is the reference's median over ours, and "asked" what it must reach.
+"MB" is the most memory that tensors of one call hold at once: activations, and in a training step gradients.
 
 With `--processor-time`, seconds are those that the process computed, which on one thread does not see what else the machine does.
 """
@@ -42,8 +42,8 @@ class Case:
         mode: "forward", "training step", or another kind of work, as "greedy decoding".
         dtype: name of the weights' and the input's dtype.
         batch: number of items.
-        build: makes the models and gives the two calls, ours and theirs; each returns what is compared. It is called when the case's
-            turn comes, and what it made is dropped after it.
+        build: makes the models and gives the two calls, ours and theirs; each returns what is compared. It is called when the
+            case's turn comes, and what it made is dropped after it.
         tolerance: largest difference of the two results, over the largest number in theirs.
         asked: speed over the reference's that ours must reach.
         packages: libraries whose versions are recorded.

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from models import BATCHES, DTYPES, MODES, Call, Case, forward_of, step_of
 
 from crossattention.checkpoints.crossvit_timm import rules
 from crossattention.checkpoints.rules import to_theirs
 from crossattention.models import crossvit
 from crossattention.models.crossvit import CrossViT
+from models import BATCHES, DTYPES, MODES, Call, Case, forward_of, step_of
 
 SIZES = {"CrossViT-9": "crossvit_9_240", "CrossViT-15": "crossvit_15_240", "CrossViT-18": "crossvit_18_240"}
 ASKED = 1.05

@@ -117,7 +117,7 @@ def config_to_ours(config: Mapping[str, Any]) -> CrossViTConfig:
 
 
 def config_to_theirs(ours: CrossViTConfig) -> dict[str, Any]:
-    """timm's config of ours: the variant that it is, else the base's name with all sizes in `model_args`.
+    """A config for timm, of ours: the variant that it is, else the base's name with all sizes in `model_args`.
 
     Raises:
         ValueError: another `norm_eps` than timm's.
@@ -125,7 +125,7 @@ def config_to_theirs(ours: CrossViTConfig) -> dict[str, Any]:
     if ours.norm_eps != NORM_EPS:
         raise ValueError(f"norm_eps is {ours.norm_eps}, timm's CrossVit always has {NORM_EPS}")
     name = next((name for name in ARCHITECTURES if _is_variant(ours, getattr(crossvit, name)())), None)
-    arguments = {key: value for key, value in _arguments(ours).items() if name is None or key == "drop_path_rate" and value}
+    arguments = {key: value for key, value in _arguments(ours).items() if name is None or (key == "drop_path_rate" and value)}
     first = ".0" if ours.stem == "convolutions" else ""
     return {
         "architecture": name or BASE,
@@ -144,15 +144,12 @@ def config_to_theirs(ours: CrossViTConfig) -> dict[str, Any]:
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """timm's config of a bare file, if its shapes are those of a variant that timm registers.
+    """The config of a bare file, if its shapes are those of a variant that timm registers.
 
     Raises:
         ValueError: they are those of none.
     """
-    found = {
-        name.rpartition("module.")[2].replace("embed.", "embed_", 1) if "pos_embed" in name else name: shape
-        for name, shape in shapes.items()
-    }
+    found = {name.replace("pos_embed.", "pos_embed_"): shape for name, shape in shapes.items()}
 
     def shape(name: str) -> tuple[int, ...]:
         return next((tuple(shape) for key, shape in found.items() if key.endswith(name)), ())
@@ -165,7 +162,9 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             for branch, (rows, columns) in enumerate(preset.grids)
         }
         wanted[f"blocks.0.blocks.1.{preset.layers[1] - 1}.mlp.fc1.weight"] = (preset.feed_forward_dims[1], preset.dims[1])
-        has_more = shape(f"blocks.0.blocks.1.{preset.layers[1]}.mlp.fc1.weight") or shape(f"blocks.{preset.encoders}.norm1.weight")
+        has_more = shape(f"blocks.0.blocks.1.{preset.layers[1]}.mlp.fc1.weight") or shape(
+            f"blocks.{preset.encoders}.projs.0.2.weight"
+        )
         if shape(first) and not has_more and all(shape(key) == value for key, value in wanted.items()):
             size = [shape(first)[1], *_pair(preset.image_size)]
             return {"architecture": name, "num_classes": shape("head.0.weight")[0], "pretrained_cfg": {"input_size": size}}
@@ -189,14 +188,14 @@ def rules(ours: CrossViTConfig) -> Rules:
     )
     fusion = under(
         "blocks.*.",
-        "encoders.*.fusions.*.",
-        rename("projs.*.0.{weight,bias}", "enter_norm.{weight,bias}"),
-        rename("projs.*.2.{weight,bias}", "enter_proj.{weight,bias}"),
-        rename("fusion.*.norm1.{weight,bias}", "attention_norm.{weight,bias}"),
-        *(rename(f"fusion.*.attn.w{part}.{{weight,bias}}", f"attention.{part}_proj.{{weight,bias}}") for part in "qkv"),
-        rename("fusion.*.attn.proj.{weight,bias}", "attention.out_proj.{weight,bias}"),
-        rename("revert_projs.*.0.{weight,bias}", "leave_norm.{weight,bias}"),
-        rename("revert_projs.*.2.{weight,bias}", "leave_proj.{weight,bias}"),
+        "encoders.*.fusions.",
+        rename("projs.*.0.{weight,bias}", "*.enter_norm.{weight,bias}"),
+        rename("projs.*.2.{weight,bias}", "*.enter_proj.{weight,bias}"),
+        rename("fusion.*.norm1.{weight,bias}", "*.attention_norm.{weight,bias}"),
+        *(rename(f"fusion.*.attn.w{part}.{{weight,bias}}", f"*.attention.{part}_proj.{{weight,bias}}") for part in "qkv"),
+        rename("fusion.*.attn.proj.{weight,bias}", "*.attention.out_proj.{weight,bias}"),
+        rename("revert_projs.*.0.{weight,bias}", "*.leave_norm.{weight,bias}"),
+        rename("revert_projs.*.2.{weight,bias}", "*.leave_proj.{weight,bias}"),
     )
     their_stem, our_stem = ("proj.*", "*") if ours.stem == "convolutions" else ("proj", "0")
     return Rules(
