@@ -2,6 +2,7 @@
 
 from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
+from crossattention.models.perceiver import PerceiverIO, PerceiverIOConfig
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
@@ -9,6 +10,8 @@ __all__ = [
     "CrossViT",
     "CrossViTConfig",
     "Hypothesis",
+    "PerceiverIO",
+    "PerceiverIOConfig",
     "Transformer",
     "TransformerConfig",
     "beam_search",
