@@ -12,7 +12,7 @@ from crossattention.maps import feed_forward as room
 from crossattention.maps import feed_forward_layers, feed_forward_memories
 from crossattention.models.transformer import Transformer, TransformerConfig
 
-VOCABULARY = 11
+VOCABULARY = 40
 
 
 class Tower(nn.Module):
@@ -36,7 +36,8 @@ def tower() -> Tower:
 
 
 def texts(*lengths: int) -> list[torch.Tensor]:
-    return [torch.randint(0, VOCABULARY, (length,)) for length in lengths]
+    """No symbol stands twice: of two equal coefficients, rounding would choose the larger."""
+    return list(torch.randperm(VOCABULARY)[: sum(lengths)].split(lengths))
 
 
 def run_on(model):
@@ -99,7 +100,7 @@ def test_a_key_that_was_made_to_agree_does() -> None:
     layer = FeedForward(6, 6, bias=False)
     model = Tower(layer)
     with torch.no_grad():
-        model.table.weight.copy_(torch.cat((torch.eye(6), torch.zeros(5, 6))))
+        model.table.weight.copy_(torch.cat((torch.eye(6), torch.zeros(VOCABULARY - 6, 6))))
         layer.up_proj.weight.copy_(torch.eye(6))
         layer.down_proj.weight.copy_(torch.eye(6).roll(1, 0))
     counting = [torch.arange(6), torch.arange(3, 6)]
@@ -235,7 +236,7 @@ def test_a_model_of_bert_is_read_too() -> None:
         ({"symbols": True}, ValueError, "symbols must be an integer of at least 1, got True"),
         ({"layers": ["layers.7"]}, ValueError, r"among layers\.0, layers\.1; got 'layers\.7'"),
         ({"layers": "layers.0"}, ValueError, r"layers must be a list of names .* got 'layers\.0'"),
-        ({"output": torch.zeros(VOCABULARY, 5)}, ValueError, r"must be \(V, 6\), as wide as the values, got \(11, 5\)"),
+        ({"output": torch.zeros(VOCABULARY, 5)}, ValueError, r"must be \(V, 6\), as wide as the values, got \(40, 5\)"),
         ({"batches": []}, ValueError, "no text went by"),
         ({"run": lambda batch: None}, TypeError, "run must return integers .*got NoneType"),
         ({"run": lambda batch: torch.zeros(2, 3)}, TypeError, r"got torch.float32 of shape \(2, 3\)"),

@@ -12,7 +12,7 @@ from typing import Any, Protocol, get_args, overload
 import torch
 from torch import Tensor
 
-from crossattention.attention import CrossAttention, PreparedContext
+from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries
 from crossattention.attention.cross_attention import check_is_tensor
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
 from crossattention.maps.summaries import Summary
@@ -114,7 +114,8 @@ def attention_map(
                 "record_attention(model) sees the layers inside a model"
             )
         layer, a, b = layer.reading(a, b)
-    check_is_tensor("queries", a)
+    if not isinstance(a, PreparedQueries):
+        check_is_tensor("queries", a)
     if isinstance(b, PreparedContext):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
