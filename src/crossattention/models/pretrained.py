@@ -21,7 +21,11 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
-FAMILIES: dict[str, tuple[str, str]] = {"transformer": ("crossattention.models.transformer", "Transformer")}
+FAMILIES: dict[str, tuple[str, str]] = {
+    "crossvit": ("crossattention.models.crossvit", "CrossViT"),
+    "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
+    "transformer": ("crossattention.models.transformer", "Transformer"),
+}
 """Name in `config.json` -> module and class of each model family."""
 
 # What is fetched of a repository on the Hub: safetensors, and only where it has none, torch's archives.
