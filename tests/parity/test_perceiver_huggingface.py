@@ -202,7 +202,7 @@ def test_what_their_code_has_fixed_is_refused() -> None:
         family.config_to_theirs(replace(config, outputs=replace(config.outputs, query_residual=False)))
     with pytest.raises(ValueError, match="architectures must name one of"):
         family.config_to_ours({"model_type": "perceiver"})
-    with pytest.raises(ValueError, match="hidden_act must be one of gelu, .* got 'relu'"):
+    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .* got 'relu'"):
         family.config_to_ours({"architectures": [family.LANGUAGE], "hidden_act": "relu"})
 
 
