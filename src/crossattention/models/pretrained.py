@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
+    "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
