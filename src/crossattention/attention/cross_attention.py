@@ -468,6 +468,57 @@ class CrossAttention(nn.Module):
             refuse_illegal(plan, self.forbidden())
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
 
+    def extend(
+        self,
+        prepared: PreparedContext,
+        more: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        context_positions: Tensor | None = None,
+    ) -> PreparedContext:
+        """What `prepare` would make of the context and more of it after its end, without making the first part again.
+
+        Args:
+            prepared: result of this layer's `prepare`. Not changed.
+            more: further positions (z, m', b).
+            context_mask: bool (z, m'), True = may be attended.
+            context_positions: integers (m',) or (z, m'), for a position part; default m, m + 1, ...
+
+        Returns:
+            The prepared context of all m + m' positions, by the plan of the first part.
+
+        Raises:
+            ValueError: another width, batch, dtype or mask shape; another layer prepared the context, or weights changed since.
+            TypeError: `prepared` is no prepared context, or a mask is not bool.
+
+        Cost: two projections of m' positions by the textbook plan; one copy of what both parts keep.
+
+        Example:
+            >>> layer = CrossAttention(48, 32, heads=4)
+            >>> prepared = layer.extend(layer.prepare(torch.randn(2, 7, 32)), torch.randn(2, 3, 32))
+            >>> prepared.context_length
+            10
+        """
+        if not isinstance(prepared, PreparedContext):
+            raise TypeError(
+                f"extend expects what this layer's prepare returned, got {type(prepared).__name__}; call prepare(b) first"
+            )
+        check_is_tensor("context", more)
+        self._check_context(tuple(more.shape))
+        self._check_prepared(prepared)
+        if more.shape[0] != prepared.batch:
+            raise ValueError(f"more of the context has batch {more.shape[0]} but the prepared context has batch {prepared.batch}")
+        if self.positions is not None and context_positions is None:
+            start = prepared.context_length
+            context_positions = torch.arange(start, start + more.shape[1], device=more.device)
+        after = self._prepare(more, context_mask, context_positions, prepared.plan, stamped=False)
+        if after.keys.dtype != prepared.keys.dtype:
+            raise ValueError(
+                f"the prepared context is {prepared.keys.dtype} but more of it would be {after.keys.dtype}; extend under the "
+                "torch.autocast that prepare ran under"
+            )
+        return prepared.followed_by(after)
+
     def prepare_projected(self, keys: Tensor, values: Tensor, *, context_mask: Tensor | None = None) -> PreparedContext:
         """A prepared context of keys and values that the caller made, as where parts of their projections are kept.
 
