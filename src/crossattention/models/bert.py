@@ -19,11 +19,10 @@ states that a decoder reads, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,8 @@ from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import FeedForward
 from crossattention.models.pretrained import FAMILIES, Pretrained
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+KINDS = ("encoder", "masked_lm", "decoder")
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -53,7 +53,7 @@ class BertConfig:
         feed_forward_dim: width inside the feed-forward layers.
         max_length: number of learned positions.
         type_vocab_size: number of token types.
-        activation: "gelu" (with erf), "gelu_tanh" (its approximation) or "relu", in the feed-forward layers and the head.
+        activation: "gelu" (with erf), "gelu_tanh" (its approximation), "relu" or "silu", in the feed-forward layers and the head.
         dropout: on the embeddings and on each sublayer's output.
         attention_dropout: on the attention weights.
         norm_eps: added to the variance in each norm.
@@ -65,6 +65,7 @@ class BertConfig:
         pad_id: symbol that fills short sequences up.
         begin_id: symbol that starts every target ([CLS]).
         end_id: symbol that ends every target ([SEP]).
+        kind: the model that it is the config of, "encoder", "masked_lm" or "decoder"; a model that gets None fills it in.
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown activation, a symbol outside the vocabulary, an end that is
@@ -90,6 +91,7 @@ class BertConfig:
     pad_id: int = 0
     begin_id: int = 101
     end_id: int = 102
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.type in ("int", "int | None")):
@@ -102,6 +104,8 @@ class BertConfig:
             raise ValueError(f"heads must divide dim, got heads={self.heads} for dim={self.dim}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.kind not in (None, *KINDS):
+            raise ValueError(f"kind must be one of {', '.join(KINDS)} or None, got {self.kind!r}")
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -252,9 +256,20 @@ class Head(nn.Module):
 
 
 def _activation(config: BertConfig) -> nn.Module:
-    if config.activation == "relu":
-        return nn.ReLU()
+    if config.activation in ("relu", "silu"):
+        return nn.ReLU() if config.activation == "relu" else nn.SiLU()
     return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+
+
+def _of_kind(config: BertConfig, kind: str) -> BertConfig:
+    """The config, saying what it is of.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    if config.kind not in (None, kind):
+        raise ValueError(f'the config is of a BERT "{config.kind}", not "{kind}"; build that class, or take replace(config, kind=None)')
+    return replace(config, kind=kind)
 
 
 @torch.no_grad()
@@ -288,7 +303,7 @@ class BertEncoder(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`.
+        ValueError: a config with a `context_dim`, or of another kind.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.
 
@@ -313,7 +328,7 @@ class BertEncoder(Pretrained, nn.Module):
             raise ValueError(
                 f"an encoder reads no other states, got context_dim={config.context_dim}; leave it out, or build a BertDecoder"
             )
-        self.config = config
+        self.config = _of_kind(config, "encoder")
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
@@ -376,7 +391,7 @@ class BertMaskedLM(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`, or without a head.
+        ValueError: a config with a `context_dim`, without a head, or of another kind.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1, task 1.
     """
@@ -394,8 +409,8 @@ class BertMaskedLM(Pretrained, nn.Module):
         super().__init__()
         if not config.head:
             raise ValueError("a masked language model needs its head, got head=False; leave it out, or build a BertEncoder")
-        self.config = config
-        self.encoder = BertEncoder(config)
+        self.config = _of_kind(config, "masked_lm")
+        self.encoder = BertEncoder(replace(config, kind=None))
         self.head = Head(config)
         _reset_parameters(self)
         self.to(device=device, dtype=dtype)
@@ -463,6 +478,9 @@ class BertDecoder(Pretrained, nn.Module):
         device: device of the weights.
         dtype: dtype of the weights.
 
+    Raises:
+        ValueError: a config with a pooler, or of another kind.
+
     Source: Rothe et al. 2020, arXiv:1907.12461, section 2.
 
     Example:
@@ -489,7 +507,7 @@ class BertDecoder(Pretrained, nn.Module):
         super().__init__()
         if config.pooler:
             raise ValueError("a decoder has no pooler, got pooler=True; leave it out, or build a BertEncoder")
-        self.config = config
+        self.config = _of_kind(config, "decoder")
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.head = Head(config) if config.head else None
@@ -725,3 +743,219 @@ def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         raise TypeError(f"{name} must be bool with True at real symbols, got {mask.dtype}; pass {name}.bool()")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}")
+
+
+# -------------------------------------------------------------------------------------------------- encoder-decoder
+
+
+class Encodes(Protocol):
+    """A model whose states can be read: `BertEncoder`, `Transformer`."""
+
+    config: Any
+
+    def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+
+class Decodes(Protocol):
+    """A model that reads prepared states: `BertDecoder`, `Transformer`."""
+
+    config: Any
+
+    def prepare(self, states: Tensor, source_mask: Tensor | None = None, **hints: int | None) -> Sequence[Any]: ...  # noqa: D102
+    def decode(self, target_ids: Tensor, prepared: Sequence[Any], target_mask: Tensor | None = None) -> Tensor: ...  # noqa: D102
+    def step(self, ids: Tensor, prepared: Sequence[Any], caches: Sequence[Any] | None = None) -> tuple[Tensor, Any]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """What an `EncoderDecoder` is made of.
+
+    Args:
+        encoder_family: family of the encoder, as in `config.json`: "bert_encoder", "transformer".
+        encoder: its config; or the fields of one, as they stand in a file.
+        decoder_family: family of the decoder.
+        decoder: its config, likewise.
+
+    Raises:
+        ValueError: an unknown family, fields that its config does not know.
+    """
+
+    encoder_family: str
+    encoder: Any
+    decoder_family: str
+    decoder: Any
+
+    def __post_init__(self) -> None:
+        for side in ("encoder", "decoder"):
+            held = getattr(self, side)
+            if isinstance(held, dict):
+                cls = _class_of(getattr(self, f"{side}_family")).config_class
+                if unknown := sorted(set(held) - {field.name for field in fields(cls)}):
+                    raise ValueError(f"the {side} has fields that {cls.__name__} does not know: {', '.join(unknown)}")
+                object.__setattr__(self, side, cls(**held))
+
+    @property
+    def pad_id(self) -> int:
+        """The decoder's."""
+        return self.decoder.pad_id
+
+    @property
+    def begin_id(self) -> int:
+        """The decoder's."""
+        return self.decoder.begin_id
+
+    @property
+    def end_id(self) -> int:
+        """The decoder's."""
+        return self.decoder.end_id
+
+
+class EncoderDecoder(Pretrained, nn.Module):
+    """An encoder whose states a decoder reads through cross-attention; any two of this package, of any widths.
+
+    states = encoder(source) [W + b where the widths differ];   logits = decoder(target, states)
+
+    The projection is part of `encode`: it is computed once a source, whatever is generated from it.
+    Of a `Transformer` as encoder only `encode` is used, of one as decoder all but that; its other half stays where it is.
+
+    Args:
+        encoder: a model with `encode`; or the whole config, for two new models.
+        decoder: a model with `prepare`, `decode` and `step`.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        TypeError: a model without these methods, a decoder missing or given beside a config.
+        ValueError: a decoder without cross-attention, or that is not causal or has no head.
+
+    Source: Rothe et al. 2020, arXiv:1907.12461, section 2; transformers, models/encoder_decoder.
+
+    Example:
+        >>> sizes = {"heads": 2, "layers": 2, "feed_forward_dim": 32, "begin_id": 1, "end_id": 2}
+        >>> encoder = BertEncoder(BertConfig(50, dim=24, **sizes))
+        >>> decoder = BertDecoder(BertConfig(40, dim=16, causal=True, context_dim=16, **sizes))
+        >>> model = EncoderDecoder(encoder, decoder).eval()  # 24 -> 16 by a projection
+        >>> source, target = torch.randint(3, 50, (2, 7)), torch.randint(3, 40, (2, 5))
+        >>> model(source, target).shape
+        torch.Size([2, 5, 40])
+        >>> from crossattention.models import beam_search
+        >>> best = beam_search(model, source, beams=3, max_length=8)
+        >>> len(best), len(best[0][0].ids) <= 8
+        (2, True)
+    """
+
+    family: ClassVar[str] = "encoder_decoder"
+    config_class: ClassVar[type] = EncoderDecoderConfig
+
+    def __init__(
+        self,
+        encoder: Encodes | EncoderDecoderConfig,
+        decoder: Decodes | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(encoder, EncoderDecoderConfig):
+            if decoder is not None:
+                raise TypeError("pass a config, or an encoder and a decoder, got a config and a decoder")
+            config = encoder
+            encoder, decoder = (_class_of(getattr(config, f"{s}_family"))(getattr(config, s)) for s in ("encoder", "decoder"))
+        self._check_parts(encoder, decoder)
+        self.config = EncoderDecoderConfig(encoder.family, encoder.config, decoder.family, decoder.config)
+        self.encoder, self.decoder = encoder, decoder
+        given, read = encoder.config.dim, _width_read(decoder)
+        self.projection = None
+        if given != read:
+            self.projection = nn.Linear(given, read)
+            _reset_parameters(self.projection)
+            weight = next(decoder.parameters())
+            self.projection.to(weight.device, weight.dtype)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+
+    def forward(
+        self,
+        source_ids: Tensor,
+        target_ids: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every next target symbol: `decode(target_ids, prepare(encode(source_ids)))`.
+
+        Args:
+            source_ids: what the encoder takes, z sources.
+            target_ids: symbols (z, n), beginning with `begin_id`.
+            source_mask: bool (z, m), True = a real symbol; without it all are.
+            target_mask: bool (z, n), likewise. Padding on the right is never read by a real symbol before it.
+
+        Returns:
+            Logits (z, n, V).
+
+        Raises:
+            ValueError: what the two models refuse; batches that differ.
+            TypeError: a mask that is not bool.
+        """
+        if target_ids.shape[0] != source_ids.shape[0]:
+            raise ValueError(
+                f"source_ids and target_ids must have one batch size, got {tuple(source_ids.shape)} and {tuple(target_ids.shape)}; "
+                "several targets for one source go through decode, as (batch, targets, length)"
+            )
+        prepared = self.prepare(self.encode(source_ids, source_mask), source_mask, uses=1, query_length=target_ids.shape[1])
+        return self.decode(target_ids, prepared, target_mask)
+
+    def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """The states (z, m, c) that the decoder reads: the encoder's, through the projection where the widths differ."""
+        states = self.encoder.encode(source_ids, source_mask)
+        return states if self.projection is None else self.projection(states)
+
+    def prepare(
+        self,
+        states: Tensor,
+        source_mask: Tensor | None = None,
+        *,
+        uses: int | None = None,
+        query_length: int | None = None,
+        repeats: int | None = None,
+    ) -> Sequence[PreparedContext]:
+        """What the decoder's layers read of states that `encode` returned, and of the mask that it got; hints as the decoder's."""
+        return self.decoder.prepare(states, source_mask, uses=uses, query_length=query_length, repeats=repeats)
+
+    def decode(self, target_ids: Tensor, prepared: Sequence[PreparedContext], target_mask: Tensor | None = None) -> Tensor:
+        """The decoder's logits (z, n, V) or (z, r, n, V) of every next symbol, reading a prepared source."""
+        return self.decoder.decode(target_ids, prepared, target_mask)
+
+    def step(
+        self, ids: Tensor, prepared: Sequence[PreparedContext], caches: Sequence[KeyValueCache] | None = None
+    ) -> tuple[Tensor, Sequence[KeyValueCache]]:
+        """The decoder's logits (z, r, V) of the symbol after the next one, and the caches with this position in them."""
+        return self.decoder.step(ids, prepared, caches)
+
+    @staticmethod
+    def _check_parts(encoder: Any, decoder: Any) -> None:
+        for side, model, methods in (("encoder", encoder, ("encode",)), ("decoder", decoder, ("prepare", "decode", "step"))):
+            missing = [name for name in methods if not callable(getattr(model, name, None))]
+            if not isinstance(model, Pretrained) or missing:
+                without = f" without {', '.join(missing)}" if missing else ""
+                raise TypeError(
+                    f"the {side} must be a model of this package with {', '.join(methods)}, got {type(model).__name__}{without}"
+                )
+        if isinstance(decoder, BertDecoder):
+            config = decoder.config
+            if config.context_dim is None or not config.causal or not config.head:
+                raise ValueError(
+                    f"the decoder must read states, be causal and have a head, got context_dim={config.context_dim}, "
+                    f"causal={config.causal}, head={config.head}; build it with BertConfig(context_dim=..., causal=True)"
+                )
+
+
+def _class_of(family: str) -> Any:
+    if family not in FAMILIES:
+        raise ValueError(f'there is no family "{family}"; known are {", ".join(sorted(FAMILIES))}')
+    module, name = FAMILIES[family]
+    return getattr(importlib.import_module(module), name)
+
+
+def _width_read(decoder: Any) -> int:
+    """Width of the states that a decoder reads."""
+    return decoder.config.context_dim if isinstance(decoder, BertDecoder) else decoder.config.dim

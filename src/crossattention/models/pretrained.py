@@ -21,7 +21,13 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
-FAMILIES: dict[str, tuple[str, str]] = {"transformer": ("crossattention.models.transformer", "Transformer")}
+FAMILIES: dict[str, tuple[str, str]] = {
+    "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
+    "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
+    "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
+    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
+    "transformer": ("crossattention.models.transformer", "Transformer"),
+}
 """Name in `config.json` -> module and class of each model family."""
 
 # What is fetched of a repository on the Hub: safetensors, and only where it has none, torch's archives.
