@@ -12,6 +12,7 @@ and may offer
 
     LIBRARY = "huggingface"              where the end of the file's name is none of LIBRARIES
     config_from_shapes(shapes) -> dict   their config, told from the names and shapes of a bare file; ValueError with the reason
+    config_with_names(config, names) -> config    their config with what only the names of a file tell
     model_class(ours) -> class           where several models of the file in models/ have one class of config
 """
 
@@ -200,6 +201,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         family = _recognised(config, weights.shapes, path)
         theirs = config or _config_told(family, weights, path)
+        if hasattr(family.module, "config_with_names"):
+            theirs = family.module.config_with_names(theirs, weights.shapes)
         try:
             ours = family.module.config_to_ours(theirs)
         except (KeyError, TypeError) as error:

@@ -62,8 +62,8 @@ class BertConfig:
         pooler: whether an encoder has the dense layer over the first state.
         head: whether a decoder has the layers that make logits; without them it gives states.
         tied: whether the output projection is the word embedding.
-        pad_id: symbol that fills short sequences up.
-        begin_id: symbol that starts every target ([CLS]).
+        pad_id: symbol that fills short sequences up; its embedding gets no gradient where it is read.
+        begin_id: symbol that starts every target ([CLS]); None where nothing is generated, as for the other two.
         end_id: symbol that ends every target ([SEP]).
         kind: the model that it is the config of, "encoder", "masked_lm" or "decoder"; a model that gets None fills it in.
 
@@ -88,15 +88,16 @@ class BertConfig:
     pooler: bool = False
     head: bool = True
     tied: bool = True
-    pad_id: int = 0
-    begin_id: int = 101
-    end_id: int = 102
+    pad_id: int | None = 0
+    begin_id: int | None = 101
+    end_id: int | None = 102
     kind: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.type in ("int", "int | None")):
+        field_types = {field.name: field.type for field in fields(self)}
+        for name in (name for name, kind in field_types.items() if kind in ("int", "int | None")):
             value, lowest = getattr(self, name), 0 if name.endswith("_id") else 1
-            if value is None and name == "context_dim":
+            if value is None and field_types[name] == "int | None":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
@@ -112,9 +113,9 @@ class BertConfig:
         if not self.norm_eps > 0.0:
             raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
         for name in ("pad_id", "begin_id", "end_id"):
-            if getattr(self, name) >= self.vocab_size:
+            if (getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is outside the {self.vocab_size} symbols")
-        if self.end_id == self.pad_id:
+        if self.end_id is not None and self.end_id == self.pad_id:
             raise ValueError(f"end_id and pad_id must differ, got {self.end_id} for both")
 
 
@@ -148,7 +149,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.dim)
+        self.words = nn.Embedding(config.vocab_size, config.dim, padding_idx=config.pad_id)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.types = nn.Embedding(config.type_vocab_size, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -274,7 +275,7 @@ def _of_kind(config: BertConfig, kind: str) -> BertConfig:
 
 @torch.no_grad()
 def _reset_parameters(model: nn.Module) -> None:
-    """Draw all weights anew: matrices and embeddings normal with deviation 0.02, biases 0, norms 1 and 0.
+    """Draw all weights anew: matrices and embeddings normal with deviation 0.02, biases and padding 0, norms 1 and 0.
 
     Source: the authors' code ("initializer_range"), which cuts the normal at two deviations.
     """
@@ -283,6 +284,8 @@ def _reset_parameters(model: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+            if getattr(module, "padding_idx", None) is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, Head):
