@@ -9,11 +9,12 @@ from crossattention.models.bert import (
     EncoderDecoderConfig,
     mean_of_states,
 )
-from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
+from crossattention.models.generate import BeamRules, Hypothesis, beam_search, greedy, sample
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
 __all__ = [
+    "BeamRules",
     "BertConfig",
     "BertDecoder",
     "BertEncoder",
