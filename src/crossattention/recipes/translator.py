@@ -19,10 +19,10 @@ from crossattention.data.vocabulary import BEGIN, PAD, UNKNOWN, Tokenizer, Unkno
 from crossattention.maps import attention_map
 from crossattention.models.generate import Hypothesis, beam_search, greedy
 
-_TOGETHER = 256
+_TOGETHER = 512
 """Texts that are computed at once, at most: enough that Python's share of a step is small (dev/LOG.md)."""
 
-_ENOUGH = 64
+_ENOUGH = 192
 """From so many texts of one length on, longer ones wait for the next batch: nothing is padded then, and no mask is needed."""
 
 _SYMBOLS_TOGETHER = 1 << 15
@@ -107,7 +107,7 @@ class Translator:
             texts: any iterable, also an endless one; `batch_size` texts are taken before the first is answered.
             beams: width of the beam search; 1 is greedy.
             num_hypotheses: the most predictions a text, all different, best first; at most `beams`.
-            batch_size: texts that are taken together, and computed in the order of their lengths, at most 256 at once; 1 answers
+            batch_size: texts that are taken together, and computed in the order of their lengths, at most 512 at once; 1 answers
                 each before the next is taken.
 
         Returns:
