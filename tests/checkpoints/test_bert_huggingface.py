@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import transformers
-from bert_models import BEGIN, END, PAD, VOCAB, decoder_config, their_config, their_model, their_pair
 
+from bert_models import BEGIN, END, PAD, VOCAB, decoder_config, their_config, their_model, their_pair
 from crossattention.checkpoints import bert_huggingface as family
 from crossattention.checkpoints.families import families_for, written
 from crossattention.models import BertDecoder, BertEncoder, BertMaskedLM, EncoderDecoder, Transformer, TransformerConfig, load
@@ -90,7 +90,7 @@ def test_an_encoder_is_read_from_under_a_head(tmp_path: Path) -> None:
         torch.testing.assert_close(ours(ids), expected.last_hidden_state, atol=1e-5, rtol=1e-5)
         assert ours.config.pooler == (name == "BertForPreTraining")
     their_model("BertLMHeadModel", decoder_config(), dtype=torch.float32).save_pretrained(tmp_path / "decoder")
-    with pytest.raises(ValueError, match="holds a BertDecoder .*, not a BertEncoder"):
+    with pytest.raises(ValueError, match=r"holds a BertDecoder .*, not a BertEncoder"):
         BertEncoder.from_pretrained(tmp_path / "decoder")
 
 

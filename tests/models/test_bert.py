@@ -124,7 +124,7 @@ def test_input_that_does_not_fit_is_named() -> None:
         model(None, embeddings=torch.randn(Z, M, 11))
     with pytest.raises(ValueError, match=r"mask must have shape \(3, 7\), got \(3, 6\)"):
         model(symbols(M), mask_of(6))
-    with pytest.raises(TypeError, match="mask must be bool with True at real symbols, got torch.int64"):
+    with pytest.raises(TypeError, match=r"mask must be bool with True at real symbols, got torch.int64"):
         model(symbols(M), mask_of(M).long())
     with pytest.raises(ValueError, match=r"types must be int64 or int32 of shape \(3, 7\), got torch.int64 of shape \(3, 5\)"):
         model(symbols(M), types=symbols(5))

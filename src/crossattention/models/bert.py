@@ -159,7 +159,7 @@ class Embeddings(nn.Module):
         embeddings: Tensor | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Embeddings (..., n, d) of symbols (..., n), or of word embeddings (..., n, d) in their place; positions from `start` on."""
+        """Embeddings (..., n, d) of symbols (..., n), or of word embeddings (..., n, d) in their place; positions from `start`."""
         words = self.words(ids) if embeddings is None else embeddings
         end = start + words.shape[-2]
         if positions is None and end > self.positions.num_embeddings:
@@ -471,7 +471,8 @@ class BertDecoder(Pretrained, nn.Module):
     Source: Rothe et al. 2020, arXiv:1907.12461, section 2.
 
     Example:
-        >>> config = BertConfig(50, dim=16, layers=2, heads=2, feed_forward_dim=32, begin_id=1, end_id=2, causal=True, context_dim=24)
+        >>> sizes = {"dim": 16, "layers": 2, "heads": 2, "feed_forward_dim": 32, "begin_id": 1, "end_id": 2}
+        >>> config = BertConfig(50, **sizes, causal=True, context_dim=24)
         >>> model = BertDecoder(config)
         >>> target, patches = torch.randint(3, 50, (2, 5)), torch.randn(2, 9, 24)
         >>> model(target, patches).shape
@@ -674,8 +675,8 @@ class BertDecoder(Pretrained, nn.Module):
                 )
         elif states is None:
             raise ValueError(
-                f"this decoder has cross-attention and reads states (batch, length, {width}), got none; pass encoder_states, or build "
-                "it with BertConfig(context_dim=None)"
+                f"this decoder has cross-attention and reads states (batch, length, {width}), got none; pass encoder_states, or "
+                "build it with BertConfig(context_dim=None)"
             )
 
     def _contexts(self, prepared: Sequence[PreparedContext] | None) -> Sequence[PreparedContext | None]:

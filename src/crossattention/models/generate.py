@@ -208,8 +208,8 @@ def sample(
         For each source its samples in the order drawn. Their probabilities are the model's own, whatever was drawn from.
 
     Raises:
-        ValueError: a model in training mode or without begin, end or padding symbol; `num_samples`, `max_length` or `top_k` below 1; a temperature not above 0; `top_p`
-            outside (0, 1].
+        ValueError: a model in training mode or without begin, end or padding symbol; `num_samples`, `max_length` or `top_k` below
+            1; a temperature not above 0; `top_p` outside (0, 1].
 
     Cost: one encoding, and at most `max_length` steps of the decoder with r targets a source.
     Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
@@ -240,7 +240,7 @@ def beam_search(
     length_penalty: float = PAPER_LENGTH_PENALTY,
     max_length: int,
     num_hypotheses: int = 1,
-    rules: BeamRules = BeamRules(),  # noqa: B008 - a value that nothing changes
+    rules: BeamRules = BeamRules(),
     never: Collection[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Search for the sequences of highest score, keeping the `beams` best unfinished ones at every step.
@@ -266,7 +266,8 @@ def beam_search(
         only if the vocabulary and the limit allow no more.
 
     Raises:
-        ValueError: a model in training mode or without begin, end or padding symbol; `beams`, `max_length` or `num_hypotheses` below 1; more hypotheses than beams.
+        ValueError: a model in training mode or without begin, end or padding symbol; `beams`, `max_length` or `num_hypotheses`
+            below 1; more hypotheses than beams.
 
     Cost: one encoding, and at most `max_length` steps of the decoder with r targets a source.
     Source: Vaswani et al. 2017, section 6.1; the penalty: Wu et al. 2016, arXiv:1609.08144, eq. 14.
@@ -569,7 +570,7 @@ def _prepare(model: Decodable, source_ids: Tensor, source_mask: Tensor | None, r
 
 
 def _log_probabilities(logits: Tensor, config: Symbols, never: Collection[int] | None) -> Tensor:
-    """Log-probabilities (z, r, V), in float32 at least; -inf for what is never generated, padding and the begin symbol if not said."""
+    """Log-probabilities (z, r, V), in float32 at least; -inf for what is never generated, if not said padding and begin."""
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     if never is None:
         never = {config.pad_id, config.begin_id} - {config.end_id}
