@@ -22,6 +22,10 @@ FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
 FAMILIES: dict[str, tuple[str, str]] = {
+    "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
+    "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
+    "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
+    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
     "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
