@@ -202,7 +202,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- hub
 
 
-def test_an_id_is_looked_up_on_the_hub_for_the_two_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_is_looked_up_on_the_hub_for_the_config_and_safetensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     model = saved(tmp_path / "snapshot")
@@ -215,7 +215,8 @@ def test_an_id_is_looked_up_on_the_hub_for_the_two_files_only(tmp_path: Path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     loaded = Transformer.from_pretrained("someone/pronounces", revision="v1")
     assert torch.equal(logits(loaded), logits(model))
-    assert asked == [("someone/pronounces", {"revision": "v1", "allow_patterns": ["config.json", "model.safetensors"]})]
+    patterns = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    assert asked == [("someone/pronounces", {"revision": "v1", "allow_patterns": patterns})]
 
 
 def test_a_folder_comes_before_an_id_and_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,25 @@
 """Whole architectures, one a file, and what they share: generation, saving and loading."""
 
+from crossattention.models.bert import (
+    BertConfig,
+    BertDecoder,
+    BertEncoder,
+    BertMaskedLM,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    mean_of_states,
+)
 from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
 __all__ = [
+    "BertConfig",
+    "BertDecoder",
+    "BertEncoder",
+    "BertMaskedLM",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Hypothesis",
     "Transformer",
     "TransformerConfig",
@@ -12,5 +27,6 @@ __all__ = [
     "greedy",
     "label_smoothed_cross_entropy",
     "load",
+    "mean_of_states",
     "sample",
 ]
