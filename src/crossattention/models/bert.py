@@ -268,7 +268,9 @@ def _of_kind(config: BertConfig, kind: str) -> BertConfig:
         ValueError: it is of another model.
     """
     if config.kind not in (None, kind):
-        raise ValueError(f'the config is of a BERT "{config.kind}", not "{kind}"; build that class, or take replace(config, kind=None)')
+        raise ValueError(
+            f'the config is of a BERT "{config.kind}", not "{kind}"; build that class, or take replace(config, kind=None)'
+        )
     return replace(config, kind=kind)
 
 
@@ -701,9 +703,7 @@ class BertDecoder(Pretrained, nn.Module):
                 )
             return (None,) * len(self.layers)
         if prepared is None or isinstance(prepared, PreparedContext) or len(prepared) != len(self.layers):
-            given = (
-                "none" if prepared is None else "a single one" if isinstance(prepared, PreparedContext) else str(len(prepared))
-            )
+            given = "none" if prepared is None else "a single one" if isinstance(prepared, PreparedContext) else str(len(prepared))
             raise ValueError(
                 f"prepared must hold one prepared context a layer, {len(self.layers)}, got {given}; pass what this model's "
                 "prepare(states) returned"

@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
     "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
     "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
+    "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""
