@@ -140,7 +140,7 @@ class Answerer:
     @property
     def choices(self) -> list[int]:
         """The answers as words of the vocabulary."""
-        return [self.tokenizer.ids[answer] for answer in self.answers]
+        return [self.tokenizer.encode(answer)[0] for answer in self.answers]
 
     def encode(self, question: str) -> list[int]:
         """BEGIN and the words of a question.

@@ -130,7 +130,7 @@ class VQATask:
         self.tokenizer = build_tokenizer("words", texts, strict=True)
         self.train = Questions(train, self.tokenizer, self.data.answers, seed=seed)
         self.valid = Questions(valid, self.tokenizer, self.data.answers)
-        self.choices = [self.tokenizer.ids[answer] for answer in self.data.answers]
+        self.choices = [self.tokenizer.encode(answer)[0] for answer in self.data.answers]
         self.asked = _evenly(len(self.valid), self.config.evaluation_questions)
         self.sample = next((q for q in valid.questions if q.answer not in YES_NO), valid.questions[0])
 
@@ -421,7 +421,7 @@ def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int |
     if not isinstance(tokenizer, WordTokenizer) or not isinstance(model, PictureReader):
         raise ValueError(f"the parts of {path} are not those of a run of {RECIPE}: it has words and a picture reader; train again")
     size = model.config.decoder.vocab_size
-    unknown = [answer for answer in answers if answer not in tokenizer.ids]
+    unknown = set(answers) - set(tokenizer.symbols)
     if tokenizer.size != size or unknown:
         raise ValueError(
             f"the parts of {path} do not belong together: task.json has a vocabulary of {tokenizer.size} ids "
