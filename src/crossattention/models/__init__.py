@@ -10,6 +10,7 @@ from crossattention.models.bert import (
     mean_of_states,
 )
 from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
+from crossattention.models.picture_reader import PictureReader, PictureReaderConfig
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
@@ -21,6 +22,8 @@ __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "Hypothesis",
+    "PictureReader",
+    "PictureReaderConfig",
     "Transformer",
     "TransformerConfig",
     "beam_search",
