@@ -23,7 +23,8 @@ from crossattention.plan import devices
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Tests run in two processes (`-n 2` in pyproject.toml; `-n 0` for a debugger), each with one thread.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # Which plan is quickest depends on the processor. Here they are all chosen for one, so that a test means the same on every machine.
 PROCESSOR = devices.Processor("AuthenticAMD", 25, frozenset({"avx512f", "avx512_bf16"}))

@@ -20,7 +20,14 @@ from crossattention.attention import execute
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
-from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
+from crossattention.attention.prepared import (
+    KEPT_CONTEXT,
+    UNCHECKED,
+    PreparedContext,
+    PreparedQueries,
+    Stamp,
+    fingerprint,
+)
 from crossattention.attention.products import is_traced, is_transformed
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
@@ -238,6 +245,37 @@ class CrossAttention(nn.Module):
         assert isinstance(pinned, Plan)
         return Choice(pinned, "given to the layer", sizes, choice.candidates)
 
+    def plan_between(
+        self,
+        scores: Literal["head", "context", "query"],
+        values: Literal["head", "context", "output"],
+        query_shape: Sequence[int],
+        context_shape: Sequence[int],
+        *,
+        trains: bool = False,
+    ) -> Plan:
+        """The plan of given meeting spaces by the kernel that is estimated to be the quickest: for callers who know what they save.
+
+        Args:
+            scores: meeting space of scores.
+            values: meeting space of values.
+            query_shape: shape of A, as in `plan_for`.
+            context_shape: shape of B.
+            trains: whether a backward pass follows.
+
+        Returns:
+            The plan; inside graphs, which do not look at lengths, that of the fused kernel.
+
+        Raises:
+            PlanError: a space that something forbids.
+        """
+        refuse_illegal(Plan(scores, values), self.forbidden())
+        if torch.compiler.is_compiling():
+            return Plan(scores, values)
+        choice = self.plan_for(query_shape, context_shape, trains=trains)
+        fitting = [c for c in choice.candidates if (c.plan.scores, c.plan.values) == (scores, values) and c.is_legal]
+        return min(fitting, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan
+
     def fix_plan(
         self,
         *,
@@ -387,6 +425,7 @@ class CrossAttention(nn.Module):
         uses: int | None = None,
         shares_queries: bool = False,
         context_positions: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> PreparedContext:
         """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
 
@@ -399,6 +438,7 @@ class CrossAttention(nn.Module):
                 others count as 1.
             shares_queries: hint: each read has learned queries (n, a), projected once for the whole batch.
             context_positions: integers (m,) or (z, m), for a position part.
+            plan: prepare by this one, whatever the layer's is.
 
         Returns:
             The prepared context. It is refused after the weights that made it changed.
@@ -406,6 +446,7 @@ class CrossAttention(nn.Module):
         Raises:
             ValueError: wrong width, dtype or mask shape.
             TypeError: a mask that is not bool.
+            PlanError: a given plan that something forbids.
 
         Cost: two projections of B by the textbook plan, nothing by context+context.
 
@@ -421,12 +462,133 @@ class CrossAttention(nn.Module):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
-        plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
+        if plan is None:
+            plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
+        elif not plan.is_textbook and not torch.compiler.is_compiling():
+            refuse_illegal(plan, self.forbidden())
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
+
+    def extend(
+        self,
+        prepared: PreparedContext,
+        more: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        context_positions: Tensor | None = None,
+    ) -> PreparedContext:
+        """What `prepare` would make of the context and more of it after its end, without making the first part again.
+
+        Args:
+            prepared: result of this layer's `prepare`. Not changed.
+            more: further positions (z, m', b).
+            context_mask: bool (z, m'), True = may be attended.
+            context_positions: integers (m',) or (z, m'), for a position part; default m, m + 1, ...
+
+        Returns:
+            The prepared context of all m + m' positions, by the plan of the first part.
+
+        Raises:
+            ValueError: another width, batch, dtype or mask shape; another layer prepared the context, or weights changed since.
+            TypeError: `prepared` is no prepared context, or a mask is not bool.
+
+        Cost: two projections of m' positions by the textbook plan; one copy of what both parts keep.
+
+        Example:
+            >>> layer = CrossAttention(48, 32, heads=4)
+            >>> prepared = layer.extend(layer.prepare(torch.randn(2, 7, 32)), torch.randn(2, 3, 32))
+            >>> prepared.context_length
+            10
+        """
+        if not isinstance(prepared, PreparedContext):
+            raise TypeError(
+                f"extend expects what this layer's prepare returned, got {type(prepared).__name__}; call prepare(b) first"
+            )
+        check_is_tensor("context", more)
+        self._check_context(tuple(more.shape))
+        self._check_prepared(prepared)
+        if more.shape[0] != prepared.batch:
+            raise ValueError(f"more of the context has batch {more.shape[0]} but the prepared context has batch {prepared.batch}")
+        if self.positions is not None and context_positions is None:
+            start = prepared.context_length
+            context_positions = torch.arange(start, start + more.shape[1], device=more.device)
+        after = self._prepare(more, context_mask, context_positions, prepared.plan, stamped=False)
+        if after.keys.dtype != prepared.keys.dtype:
+            raise ValueError(
+                f"the prepared context is {prepared.keys.dtype} but more of it would be {after.keys.dtype}; extend under the "
+                "torch.autocast that prepare ran under"
+            )
+        return prepared.followed_by(after)
+
+    def prepare_projected(self, keys: Tensor, values: Tensor, *, context_mask: Tensor | None = None) -> PreparedContext:
+        """A prepared context of keys and values that the caller made, as where parts of their projections are kept.
+
+        Args:
+            keys: (z, m, g k), what the key projection would give.
+            values: (z, m, g v), what the value projection would give.
+            context_mask: bool (z, m), True = may be attended.
+
+        Returns:
+            The prepared context of the textbook plan. It is not checked for staleness: whoever made the keys answers for them.
+
+        Raises:
+            ValueError: widths that are not the layer's, shapes that differ, parts that stand behind the key projection.
+            TypeError: a mask that is not bool.
+        """
+        if self.qk_norm is not None or self.positions is not None:
+            raise ValueError("prepare_projected takes keys as they are, but this layer has a part behind its key projection")
+        wanted = (self.kv_heads * self.head_dim, self.kv_heads * self.value_head_dim)
+        if keys.dim() != 3 or keys.shape[:2] != values.shape[:2] or (keys.shape[-1], values.shape[-1]) != wanted:
+            raise ValueError(
+                f"keys and values must be (batch, length, {wanted[0]}) and (batch, length, {wanted[1]}), got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        if context_mask is not None:
+            check_context_mask(context_mask, keys.shape[0], keys.shape[1], keys.device)
+        keys = execute.split_heads(keys, self.kv_heads).transpose(1, 2)
+        values = execute.split_heads(values, self.kv_heads).transpose(1, 2)
+        keys, values = to_one_width(keys, values)
+        return PreparedContext(keys, values, None, context_mask, None, TEXTBOOK, UNCHECKED)
+
+    def prepare_queries(self, a: Tensor, *, space: Literal["head", "context", "query"] = "head") -> PreparedQueries:
+        """Bring queries into a meeting space, once, to read any number of contexts: what learned queries ask for.
+
+        Args:
+            a: learned queries (n, a), or queries (z, n, a).
+            space: the meeting space of scores of the plan that the contexts are prepared by: `prepared.plan.scores`.
+
+        Returns:
+            The prepared queries, which `attend` takes in the place of queries. They are refused after the weights that made them
+            changed.
+
+        Raises:
+            ValueError: another space, a wrong width or dtype; a layer with a position part, which places queries at each read.
+            PlanError: a space that a part forbids.
+
+        Cost: one projection of the queries; in the "context" space a second one.
+        """
+        check_is_tensor("queries", a)
+        if space not in ("head", "context", "query"):
+            raise ValueError(f'space must be "head", "context" or "query", got {space!r}')
+        if self.positions is not None:
+            raise ValueError(
+                "queries of a layer with a position part are placed at each read and cannot be prepared; attend with them"
+            )
+        if a.dim() not in (2, 3) or a.shape[-1] != self.query_dim:
+            raise ValueError(
+                f"queries must be learned (length, {self.query_dim}) or (batch, length, {self.query_dim}), got {tuple(a.shape)}"
+            )
+        self._check_tensor("queries", a)
+        if space != "head" and not torch.compiler.is_compiling():
+            refuse_illegal(Plan(space, "head"), self.forbidden())
+        queries, _ = execute.make_queries(self, space, a.unsqueeze(0) if a.dim() == 2 else a, None)
+        stamp = UNCHECKED
+        if not torch.compiler.is_compiling():
+            stamp = Stamp.of(self._token, self._queries_made_of(space))
+        return PreparedQueries(queries, tuple(a.shape), space, stamp)
 
     def attend(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         *,
         attn_mask: Tensor | None = None,
@@ -439,7 +601,7 @@ class CrossAttention(nn.Module):
 
         Args:
             a: queries (z, n, a), learned queries (n, a), or (z, r, n, a): r beams or samples that read one context without a copy
-                of it or of its projections.
+                of it or of its projections; or what `prepare_queries` made of queries, in the space of this context's plan.
             prepared: result of this layer's `prepare`. Not changed.
             attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
             query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
@@ -456,6 +618,7 @@ class CrossAttention(nn.Module):
         Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
+            assert isinstance(a, Tensor)
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
@@ -468,6 +631,10 @@ class CrossAttention(nn.Module):
                 "or mask single pairs with attn_mask"
             )
         self._check_attendable(a, prepared)
+        if isinstance(a, PreparedQueries) and query_positions is not None:
+            raise ValueError(
+                "query_positions were passed but prepared queries have none to place; attend with the queries themselves"
+            )
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def _prepare(
@@ -499,8 +666,10 @@ class CrossAttention(nn.Module):
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 
-    def _attend(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None) -> Tensor:
-        if attn_mask is None and query_positions is None:
+    def _attend(
+        self, a: Tensor | PreparedQueries, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None
+    ) -> Tensor:
+        if isinstance(a, Tensor) and attn_mask is None and query_positions is None:
             if self._is_plain_step(a, prepared):
                 return execute.attend_plainly(self, a, prepared.keys, prepared.values)
             if self._is_plain_read_of_b(a, prepared):
@@ -536,7 +705,7 @@ class CrossAttention(nn.Module):
             and not torch.is_autocast_enabled(a.device.type)
         )
 
-    def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
+    def _is_plain_step(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether the textbook's products are all that is asked for and nothing is wrong.
 
         Decode steps are so short that questions show in them: these take the place of the checks that name what is wrong; those
@@ -573,7 +742,7 @@ class CrossAttention(nn.Module):
 
     def _meet(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         attn_mask: Tensor | None,
         query_positions: Tensor | None,
@@ -595,9 +764,11 @@ class CrossAttention(nn.Module):
         return queries, combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype, queries.device)
 
     def _ask(
-        self, a: Tensor, prepared: PreparedContext, query_positions: Tensor | None
+        self, a: Tensor | PreparedQueries, prepared: PreparedContext, query_positions: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries in the plan's meeting space, projected queries where a part reads them, and positions; repeats in the length."""
+        if isinstance(a, PreparedQueries):
+            return a.queries, None, None
         positions = self._positions_of("query_positions", query_positions, prepared.batch, a.shape[-2], a.device)
         if a.dim() == 4:
             repeats = a.shape[1]
@@ -607,14 +778,14 @@ class CrossAttention(nn.Module):
             a = a.unsqueeze(0)
         return *execute.make_queries(self, prepared.plan.scores, a, positions), positions
 
-    def _check_attn_mask(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor) -> None:
+    def _check_attn_mask(self, a: Tensor | PreparedQueries, prepared: PreparedContext, attn_mask: Tensor) -> None:
         repeats = () if a.dim() != 4 else (a.shape[1],)
         target = (prepared.batch, *repeats, self.heads, a.shape[-2], prepared.context_length)
         check_attn_mask(attn_mask, target, a.device)
 
     def score_map(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         *,
         attn_mask: Tensor | None = None,
@@ -634,7 +805,7 @@ class CrossAttention(nn.Module):
 
     def score_rows(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         b: Tensor | PreparedContext,
         *,
         context_mask: Tensor | None = None,
@@ -654,6 +825,10 @@ class CrossAttention(nn.Module):
             prepared = b
             self._check_attendable(a, prepared)
         else:
+            if isinstance(a, PreparedQueries):
+                raise TypeError(
+                    "prepared queries read a prepared context, got a raw one; pass layer.prepare(b, ...), or the queries"
+                )
             check_is_tensor("queries", a)
             check_is_tensor("context", b)
             self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -697,9 +872,38 @@ class CrossAttention(nn.Module):
             named.append((KEPT_CONTEXT, values))
         return named
 
-    def _check_attendable(self, a: Tensor, prepared: PreparedContext) -> None:
+    def _queries_made_of(self, space: str) -> list[tuple[str, Tensor]]:
+        """The named weights that prepared queries were made of; in the "query" space they are the queries themselves, of none."""
+        if space == "query":
+            return []
+        named = _named_weights("q_proj", self.q_proj) + _named_weights("qk_norm", self.qk_norm)
+        return named + _named_weights("k_proj", self.k_proj) if space == "context" else named
+
+    def _check_queries(self, a: PreparedQueries, prepared: PreparedContext) -> None:
+        """Whether these prepared queries are this layer's, up to date, and in the space of this prepared context."""
+        if torch.compiler.is_compiling():
+            return
+        if a.space != prepared.plan.scores:
+            raise ValueError(
+                f'these queries were prepared for the "{a.space}" space but the context by the plan {prepared.plan}; call '
+                f'prepare_queries(a, space="{prepared.plan.scores}")'
+            )
+        if a.dim() == 3 and a.shape[0] != prepared.batch:
+            raise ValueError(f"the prepared queries have batch {a.shape[0]} but the prepared context has batch {prepared.batch}")
+        if a.stamp.owner is None:
+            return
+        if a.stamp.owner != self._token:
+            raise ValueError("these queries were prepared by another layer; call this layer's prepare_queries(a)")
+        if changed := a.stamp.changed_since(self._queries_made_of(a.space)):
+            raise ValueError(
+                f"these prepared queries are out of date: {', '.join(changed)} changed since prepare_queries; call it again"
+            )
+
+    def _check_attendable(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> None:
         """Whether these queries may read this prepared context."""
         self._check_prepared(prepared)
+        if isinstance(a, PreparedQueries):
+            return self._check_queries(a, prepared)
         weight = self.q_proj.weight if type(self.q_proj) is nn.Linear else None
         if (
             type(a) is Tensor
@@ -712,6 +916,7 @@ class CrossAttention(nn.Module):
         ):
             return  # the usual case, in one go
         check_is_tensor("queries", a)
+        assert isinstance(a, Tensor)
         self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
         self._check_tensor("queries", a)
         made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)

@@ -1,6 +1,6 @@
-"""`PreparedContext`: what a plan makes of B, once, to be read any number of times; and the stamp that tells when it is out of date.
+"""What is made once and read many times: `PreparedContext` of B, `PreparedQueries` of learned queries; and the stamp of both.
 
-Legend: z batch, m context length, h heads, g key-value heads.
+Legend: z batch, n queries, m context length, a width of the queries, h heads, g key-value heads, c width in which scores meet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 register_optimizer_step_post_hook(_count_steps)
 
 
-def _watch(tensor: Tensor) -> None:
+def watch(tensor: Tensor) -> None:
     """Count the optimizer steps over a parameter from now on."""
     if isinstance(tensor, nn.Parameter) and id(tensor) not in _optimizer_steps:
         _optimizer_steps[id(tensor)] = 0
@@ -73,7 +73,7 @@ class Stamp:
         """A stamp of a layer's token and of the named tensors that the prepared context was made of."""
         named = tuple(tensors)
         for _, tensor in named:
-            _watch(tensor)
+            watch(tensor)
         return cls(owner, tuple(name for name, _ in named), tuple(fingerprint(tensor) for _, tensor in named))
 
     def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -86,10 +86,21 @@ class Stamp:
         now = {name: fingerprint(tensor) for name, tensor in named}
         return [name for name, then in zip(self.names, self.prints, strict=True) if now.get(name) != then]
 
-    def without(self, name: str) -> Stamp:
-        """The stamp with one name left out."""
-        kept = [(n, p) for n, p in zip(self.names, self.prints, strict=True) if n != name]
+    def without(self, *names: str) -> Stamp:
+        """The stamp with some names left out."""
+        kept = [(n, p) for n, p in zip(self.names, self.prints, strict=True) if n not in names]
         return Stamp(self.owner, tuple(n for n, _ in kept), tuple(p for _, p in kept))
+
+    def followed_by(self, tensors: Iterable[tuple[str, Tensor]]) -> Stamp:
+        """The stamp with more named tensors, for a part that makes something of B before the layer does."""
+        assert self.owner is not None
+        more = Stamp.of(self.owner, tensors)
+        return Stamp(self.owner, self.names + more.names, self.prints + more.prints)
+
+    def changed_among(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Names of these tensors that are not what they were, or that the stamp does not know."""
+        then = dict(zip(self.names, self.prints, strict=True))
+        return [name for name, tensor in tensors if then.get(name) != fingerprint(tensor)]
 
 
 UNCHECKED = Stamp(None)
@@ -174,6 +185,103 @@ class PreparedContext:
             positions=positions,
             stamp=self.stamp.without(KEPT_CONTEXT),
         )
+
+    def followed_by(self, more: PreparedContext) -> PreparedContext:
+        """The prepared context of two contexts end to end; `CrossAttention.extend` is the public way here.
+
+        Args:
+            more: what the same layer made of the second by the same plan.
+
+        Cost: one copy of what both keep.
+        """
+        keys = torch.cat((self.keys, more.keys), 2)
+        key_bias = None
+        if self.key_bias is not None and more.key_bias is not None:
+            key_bias = torch.cat((self.key_bias, more.key_bias), 2)
+        return replace(
+            self,
+            keys=keys,
+            values=keys if self.values is self.keys else torch.cat((self.values, more.values), 2),
+            key_bias=key_bias,
+            mask=_joined_masks(self, more),
+            positions=_joined_positions(self.positions, more.positions),
+            stamp=self.stamp.without(KEPT_CONTEXT),
+        )
+
+
+def _joined_masks(first: PreparedContext, second: PreparedContext) -> Tensor | None:
+    """The masks of both end to end; None where every position of both may be attended."""
+    if first.mask is None and second.mask is None:
+        return None
+    masks = (
+        part.keys.new_ones(part.batch, part.context_length, dtype=torch.bool) if part.mask is None else part.mask
+        for part in (first, second)
+    )
+    return torch.cat(tuple(masks), 1)
+
+
+def _joined_positions(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The positions of both end to end, (m,) or (z, m); None without a position part."""
+    if first is None or second is None:
+        return None
+    if first.dim() != second.dim():
+        batch = (first if first.dim() == 2 else second).shape[0]
+        first, second = (p if p.dim() == 2 else p.expand(batch, -1) for p in (first, second))
+    return torch.cat((first, second), -1)
+
+
+@dataclass(frozen=True, repr=False)
+class PreparedQueries:
+    """Queries brought into a meeting space, to read any number of contexts: what learned queries need only once.
+
+    It belongs to one layer and to the weights that made it: `attend` refuses it after those weights changed.
+
+    Args:
+        queries: (z or 1, h or 1, n, c) in the meeting space of scores.
+        shape: of the queries that it was made of, (n, a) or (z, n, a).
+        space: the meeting space of scores: "head", "context" or "query".
+        stamp: which layer and weights made it.
+
+    Example:
+        >>> import torch, crossattention
+        >>> layer = crossattention.CrossAttention(48, 32, heads=4)
+        >>> queries = layer.prepare_queries(torch.randn(5, 48))
+        >>> layer.attend(queries, layer.prepare(torch.randn(2, 7, 32))).shape
+        torch.Size([2, 5, 48])
+        >>> queries.select(torch.tensor([4, 0])).shape
+        (2, 48)
+    """
+
+    queries: Tensor
+    shape: tuple[int, ...]
+    space: str
+    stamp: Stamp
+
+    def dim(self) -> int:
+        """Number of dimensions of the queries that it was made of: 2 for learned ones, 3 with a batch."""
+        return len(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.queries.device
+
+    def __repr__(self) -> str:
+        return f"PreparedQueries(shape={self.shape}, space={self.space}, {self.queries.dtype} on {self.queries.device})"
+
+    def select(self, rows: Tensor) -> PreparedQueries:
+        """Some of the queries, in the given order.
+
+        Args:
+            rows: integer indices of queries, (k,), the same for every item; or of each item, (z, k).
+        """
+        width = self.shape[-1]
+        if rows.dim() == 1:
+            shape = (*self.shape[:-2], rows.shape[0], width)
+            return replace(self, queries=self.queries.index_select(2, rows), shape=shape)
+        queries = self.queries.expand(rows.shape[0], -1, -1, -1)
+        at = rows[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+        return replace(self, queries=queries.gather(2, at), shape=(*rows.shape, width))
 
 
 pytree.register_constant(Plan)

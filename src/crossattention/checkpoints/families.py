@@ -12,12 +12,16 @@ and may offer
 
     LIBRARY = "huggingface"              where the end of the file's name is none of LIBRARIES
     config_from_shapes(shapes) -> dict   their config, told from the names and shapes of a bare file; ValueError with the reason
-    model_class(ours) -> class           where several models of the file in models/ have one class of config
+    model_class(config, names, asked)    our class, where several of the file in models/ have one class of config; asked: the class
+                                         whose `from_pretrained` was called, or None. It may take of a model what fits that class
+
+The last three of the first list may have keywords `model_class` and, where they read theirs, `names`; they are given if they do.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -67,10 +71,14 @@ class Family:
         """Whether a class of ours is one that this family turns into and from."""
         return model.__module__ == f"crossattention.models.{self.name.rpartition('_')[0]}"
 
+    def ask(self, name: str, config: Any, **known: Any) -> Any:
+        """Call a function of the file with a config, and with those of `known` that it takes."""
+        function = getattr(self.module, name)
+        taken = inspect.signature(function).parameters
+        return function(config, **{key: value for key, value in known.items() if key in taken})
+
     def model_class(self, config: Any) -> type:
-        """Our class for a config of ours."""
-        if hasattr(self.module, "model_class"):
-            return self.module.model_class(config)
+        """The only class of ours with this class of config."""
         module = f"crossattention.models.{self.name.rpartition('_')[0]}"
         names = [name for place, name in pretrained.FAMILIES.values() if place == module]
         classes = [getattr(importlib.import_module(module), name) for name in names]
@@ -102,6 +110,7 @@ class Checkpoint:
         family: its family.
         theirs: their config.
         ours: our config.
+        model_class: our class.
     """
 
     path: Path
@@ -109,16 +118,12 @@ class Checkpoint:
     family: Family
     theirs: Mapping[str, Any]
     ours: Any
+    model_class: Any
 
     @property
     def rules(self) -> Rules:
         """Which tensor is which."""
-        return self.family.module.rules(self.ours)
-
-    @property
-    def model_class(self) -> Any:
-        """Our class."""
-        return self.family.model_class(self.ours)
+        return self.family.ask("rules", self.ours, model_class=self.model_class)
 
     def fit(self) -> Fit:
         """Compare all names and shapes with our model's, without reading a tensor or making the model.
@@ -176,12 +181,13 @@ def fill(
     assert not left, f"the rules gave no {', '.join(left)}"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, asked: type | None = None) -> Checkpoint:
     """Open an outside checkpoint and find its family.
 
     Args:
         path: a folder with `config.json` and weights (one file, or several with an index), or a file of weights; a file's config is
             the `config.json` beside it, and where there is none it is told from the names and shapes.
+        asked: the class of ours that it shall be, where the family leaves a choice.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no weights in the folder.
@@ -200,8 +206,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         family = _recognised(config, weights.shapes, path)
         theirs = config or _config_told(family, weights, path)
+        given: dict[str, Any] = {"names": weights.shapes.keys()}
+        if has_choice := hasattr(family.module, "model_class"):
+            given["model_class"] = family.module.model_class(theirs, weights.shapes.keys(), asked)
         try:
-            ours = family.module.config_to_ours(theirs)
+            ours = family.ask("config_to_ours", theirs, **given)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{config_file} does not describe a model of {family.name}: {type(error).__name__}: {error}"
@@ -211,7 +220,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         weights.close()
         raise
-    return Checkpoint(path, weights, family, theirs, ours)
+    return Checkpoint(path, weights, family, theirs, ours, given["model_class"] if has_choice else family.model_class(ours))
 
 
 def is_weights_file(path: Path) -> bool:
@@ -230,8 +239,9 @@ def written(model: nn.Module, family: Family) -> tuple[dict[str, Any], dict[str,
     Raises:
         ValueError: theirs cannot be this model, with every reason.
     """
-    theirs = family.module.config_to_theirs(model.config)
-    tensors = to_theirs(model.state_dict(), family.module.rules(model.config), source="the model")
+    theirs = family.ask("config_to_theirs", model.config, model_class=type(model))
+    rules = family.ask("rules", model.config, model_class=type(model))
+    tensors = to_theirs(model.state_dict(), rules, source="the model")
     return theirs, tensors
 
 

@@ -25,7 +25,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
     "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
     "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
+    "crossvit": ("crossattention.models.crossvit", "CrossViT"),
     "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
+    "listener": ("crossattention.models.listener", "Listener"),
+    "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
     "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
@@ -154,7 +157,7 @@ def bundled() -> dict[str, Path]:
 
 
 def find_source(name: str | Path, revision: str | None = None) -> Path:
-    """Where a model lies here: the folder or file named, the folder inside this package, or what the Hub has, downloaded once.
+    """Where a model lies here: the folder or file named (of a training run its best/), the one inside this package, or the Hub's.
 
     Raises:
         FileNotFoundError: neither here nor an id, or an id that the Hub does not have.
@@ -172,7 +175,8 @@ def find_source(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             what = "inside this package" if inside is not None else "a local file" if place.is_file() else "a local folder"
             raise ValueError(f'{place} is {what} and has no revisions, got revision="{revision}"; leave it out')
-        return inside or place
+        # The folder of a training run has its model in best/.
+        return inside or (place / "best" if is_own(place / "best") and not (place / WEIGHTS_FILE).exists() else place)
     if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
         held = ", ".join(bundled()) or "none"
         raise FileNotFoundError(
@@ -281,7 +285,7 @@ def _load(name: str | Path, revision: str | None, device: torch.device | str | N
 
     from crossattention.checkpoints.families import open_checkpoint
 
-    opened = open_checkpoint(place)
+    opened = open_checkpoint(place, asked)
     with opened.weights:
         if asked is not None and opened.model_class is not asked:
             raise ValueError(
