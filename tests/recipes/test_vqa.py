@@ -9,7 +9,7 @@ import torch
 
 from crossattention.checkpoints.files import write_json
 from crossattention.cli.main import main
-from crossattention.data.easy_vqa import Question, find_easy_vqa
+from crossattention.data.easy_vqa import Question, find_easy_vqa, read_easy_vqa
 from crossattention.data.vocabulary import PAD, UnknownSymbol
 from crossattention.recipes.picture_questions import patches_with_a_shape, reading_of
 from crossattention.recipes.run import evaluate, load_run
@@ -134,25 +134,9 @@ def test_scores_are_of_all_and_of_both_kinds_of_questions(run_folder):
     for name in ("accuracy", "accuracy_from_question"):
         halves = (scores[f"{name}_shape_color"] + scores[f"{name}_yes_no"]) / 2
         assert scores[name] == pytest.approx(halves)
-    right = [
-        run.answerer.ask(task_image, question.text)[0].text == question.answer
-        for question, task_image in ((q, run_images(run)[q.image]) for q in run_questions(run))
-    ]
+    test = read_easy_vqa(run.description["config"]["data"]).test
+    right = [run.answerer.ask(test.images[q.image], q.text)[0].text == q.answer for q in test.questions]
     assert scores["accuracy"] == pytest.approx(sum(right) / 48)
-
-
-def run_questions(run):
-    return data_of(run).test.questions
-
-
-def run_images(run):
-    return data_of(run).test.images
-
-
-def data_of(run):
-    from crossattention.data.easy_vqa import read_easy_vqa
-
-    return read_easy_vqa(run.description["config"]["data"])
 
 
 def test_other_data_than_that_of_the_training_is_not_scored(run_folder, folder, tmp_path):
@@ -239,6 +223,7 @@ def test_settings_out_of_range_and_answers_of_two_words_are_refused(tmp_path):
         VQATask(tiny_config(folder, held_out=0.3))
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_scores_and_shows(run_folder, folder, tmp_path, capsys):
     picture = str(folder / "test/images/0.png")
     assert main(["predict", str(run_folder), picture, "what shape is present?", "--json", "--map"]) == 0
