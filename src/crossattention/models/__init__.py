@@ -12,6 +12,7 @@ from crossattention.models.bert import (
 from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.models.generate import BeamRules, Hypothesis, beam_search, greedy, sample
 from crossattention.models.perceiver import PerceiverIO, PerceiverIOConfig
+from crossattention.models.picture_reader import PictureReader, PictureReaderConfig
 from crossattention.models.pretrained import load
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
@@ -21,13 +22,15 @@ __all__ = [
     "BertDecoder",
     "BertEncoder",
     "BertMaskedLM",
-    "EncoderDecoder",
-    "EncoderDecoderConfig",
     "CrossViT",
     "CrossViTConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Hypothesis",
     "PerceiverIO",
     "PerceiverIOConfig",
+    "PictureReader",
+    "PictureReaderConfig",
     "Transformer",
     "TransformerConfig",
     "beam_search",

@@ -27,8 +27,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
     "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
+    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
+    "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""
