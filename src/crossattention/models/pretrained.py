@@ -25,7 +25,6 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
     "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
     "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
-    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
     "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "listener": ("crossattention.models.listener", "Listener"),
