@@ -24,9 +24,11 @@ VOCAB_SIZE = OFFSET + 256
 LONGEST_PIECE = 16
 """Longer words are masked in pieces of so many bytes: a line of code without blanks may be as long as a window."""
 
-_BLANKS = b" \t\n\r\v\f"
+BLANKS = b" \t\n\r\v\f"
+"""The bytes that divide words."""
+
 _IS_BLANK = np.zeros(VOCAB_SIZE, bool)
-_IS_BLANK[[OFFSET + byte for byte in _BLANKS]] = True
+_IS_BLANK[[OFFSET + byte for byte in BLANKS]] = True
 _IS_BLANK[:OFFSET] = True
 
 
