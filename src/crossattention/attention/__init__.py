@@ -2,9 +2,10 @@
 
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.memory_attention import MemoryAttention
+from crossattention.attention.once import Once
 from crossattention.attention.partial import Part, Partial, attend_parts, merge_partials
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
-from crossattention.attention.prepared import PreparedContext
+from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
 
@@ -12,10 +13,12 @@ __all__ = [
     "CrossAttention",
     "KeyValueCache",
     "MemoryAttention",
+    "Once",
     "Part",
     "Partial",
     "PositionPart",
     "PreparedContext",
+    "PreparedQueries",
     "QueryKeyNorm",
     "SelfAttention",
     "attend_parts",

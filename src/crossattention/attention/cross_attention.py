@@ -20,7 +20,14 @@ from crossattention.attention import execute
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
-from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, Stamp, fingerprint
+from crossattention.attention.prepared import (
+    KEPT_CONTEXT,
+    UNCHECKED,
+    PreparedContext,
+    PreparedQueries,
+    Stamp,
+    fingerprint,
+)
 from crossattention.attention.products import is_traced, is_transformed
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
@@ -424,9 +431,76 @@ class CrossAttention(nn.Module):
         plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
 
+    def prepare_projected(self, keys: Tensor, values: Tensor, *, context_mask: Tensor | None = None) -> PreparedContext:
+        """A prepared context of keys and values that the caller made, as where parts of their projections are kept.
+
+        Args:
+            keys: (z, m, g k), what the key projection would give.
+            values: (z, m, g v), what the value projection would give.
+            context_mask: bool (z, m), True = may be attended.
+
+        Returns:
+            The prepared context of the textbook plan. It is not checked for staleness: whoever made the keys answers for them.
+
+        Raises:
+            ValueError: widths that are not the layer's, shapes that differ, parts that stand behind the key projection.
+            TypeError: a mask that is not bool.
+        """
+        if self.qk_norm is not None or self.positions is not None:
+            raise ValueError("prepare_projected takes keys as they are, but this layer has a part behind its key projection")
+        wanted = (self.kv_heads * self.head_dim, self.kv_heads * self.value_head_dim)
+        if keys.dim() != 3 or keys.shape[:2] != values.shape[:2] or (keys.shape[-1], values.shape[-1]) != wanted:
+            raise ValueError(
+                f"keys and values must be (batch, length, {wanted[0]}) and (batch, length, {wanted[1]}), got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        if context_mask is not None:
+            check_context_mask(context_mask, keys.shape[0], keys.shape[1], keys.device)
+        keys = execute.split_heads(keys, self.kv_heads).transpose(1, 2)
+        values = execute.split_heads(values, self.kv_heads).transpose(1, 2)
+        keys, values = to_one_width(keys, values)
+        return PreparedContext(keys, values, None, context_mask, None, TEXTBOOK, UNCHECKED)
+
+    def prepare_queries(self, a: Tensor, *, space: Literal["head", "context", "query"] = "head") -> PreparedQueries:
+        """Bring queries into a meeting space, once, to read any number of contexts: what learned queries ask for.
+
+        Args:
+            a: learned queries (n, a), or queries (z, n, a).
+            space: the meeting space of scores of the plan that the contexts are prepared by: `prepared.plan.scores`.
+
+        Returns:
+            The prepared queries, which `attend` takes in the place of queries. They are refused after the weights that made them
+            changed.
+
+        Raises:
+            ValueError: another space, a wrong width or dtype; a layer with a position part, which places queries at each read.
+            PlanError: a space that a part forbids.
+
+        Cost: one projection of the queries; in the "context" space a second one.
+        """
+        check_is_tensor("queries", a)
+        if space not in ("head", "context", "query"):
+            raise ValueError(f'space must be "head", "context" or "query", got {space!r}')
+        if self.positions is not None:
+            raise ValueError(
+                "queries of a layer with a position part are placed at each read and cannot be prepared; attend with them"
+            )
+        if a.dim() not in (2, 3) or a.shape[-1] != self.query_dim:
+            raise ValueError(
+                f"queries must be learned (length, {self.query_dim}) or (batch, length, {self.query_dim}), got {tuple(a.shape)}"
+            )
+        self._check_tensor("queries", a)
+        if space != "head" and not torch.compiler.is_compiling():
+            refuse_illegal(Plan(space, "head"), self.forbidden())
+        queries, _ = execute.make_queries(self, space, a.unsqueeze(0) if a.dim() == 2 else a, None)
+        stamp = UNCHECKED
+        if not torch.compiler.is_compiling():
+            stamp = Stamp.of(self._token, self._queries_made_of(space))
+        return PreparedQueries(queries, tuple(a.shape), space, stamp)
+
     def attend(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         *,
         attn_mask: Tensor | None = None,
@@ -439,7 +513,7 @@ class CrossAttention(nn.Module):
 
         Args:
             a: queries (z, n, a), learned queries (n, a), or (z, r, n, a): r beams or samples that read one context without a copy
-                of it or of its projections.
+                of it or of its projections; or what `prepare_queries` made of queries, in the space of this context's plan.
             prepared: result of this layer's `prepare`. Not changed.
             attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
             query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
@@ -456,6 +530,7 @@ class CrossAttention(nn.Module):
         Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
+            assert isinstance(a, Tensor)
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
@@ -468,6 +543,10 @@ class CrossAttention(nn.Module):
                 "or mask single pairs with attn_mask"
             )
         self._check_attendable(a, prepared)
+        if isinstance(a, PreparedQueries) and query_positions is not None:
+            raise ValueError(
+                "query_positions were passed but prepared queries have none to place; attend with the queries themselves"
+            )
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def _prepare(
@@ -499,8 +578,10 @@ class CrossAttention(nn.Module):
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 
-    def _attend(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None) -> Tensor:
-        if attn_mask is None and query_positions is None:
+    def _attend(
+        self, a: Tensor | PreparedQueries, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None
+    ) -> Tensor:
+        if isinstance(a, Tensor) and attn_mask is None and query_positions is None:
             if self._is_plain_step(a, prepared):
                 return execute.attend_plainly(self, a, prepared.keys, prepared.values)
             if self._is_plain_read_of_b(a, prepared):
@@ -536,7 +617,7 @@ class CrossAttention(nn.Module):
             and not torch.is_autocast_enabled(a.device.type)
         )
 
-    def _is_plain_step(self, a: Tensor, prepared: PreparedContext) -> bool:
+    def _is_plain_step(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether the textbook's products are all that is asked for and nothing is wrong.
 
         Decode steps are so short that questions show in them: these take the place of the checks that name what is wrong; those
@@ -573,7 +654,7 @@ class CrossAttention(nn.Module):
 
     def _meet(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         attn_mask: Tensor | None,
         query_positions: Tensor | None,
@@ -595,9 +676,11 @@ class CrossAttention(nn.Module):
         return queries, combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype, queries.device)
 
     def _ask(
-        self, a: Tensor, prepared: PreparedContext, query_positions: Tensor | None
+        self, a: Tensor | PreparedQueries, prepared: PreparedContext, query_positions: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries in the plan's meeting space, projected queries where a part reads them, and positions; repeats in the length."""
+        if isinstance(a, PreparedQueries):
+            return a.queries, None, None
         positions = self._positions_of("query_positions", query_positions, prepared.batch, a.shape[-2], a.device)
         if a.dim() == 4:
             repeats = a.shape[1]
@@ -607,14 +690,14 @@ class CrossAttention(nn.Module):
             a = a.unsqueeze(0)
         return *execute.make_queries(self, prepared.plan.scores, a, positions), positions
 
-    def _check_attn_mask(self, a: Tensor, prepared: PreparedContext, attn_mask: Tensor) -> None:
+    def _check_attn_mask(self, a: Tensor | PreparedQueries, prepared: PreparedContext, attn_mask: Tensor) -> None:
         repeats = () if a.dim() != 4 else (a.shape[1],)
         target = (prepared.batch, *repeats, self.heads, a.shape[-2], prepared.context_length)
         check_attn_mask(attn_mask, target, a.device)
 
     def score_map(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         *,
         attn_mask: Tensor | None = None,
@@ -634,7 +717,7 @@ class CrossAttention(nn.Module):
 
     def score_rows(
         self,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         b: Tensor | PreparedContext,
         *,
         context_mask: Tensor | None = None,
@@ -654,6 +737,10 @@ class CrossAttention(nn.Module):
             prepared = b
             self._check_attendable(a, prepared)
         else:
+            if isinstance(a, PreparedQueries):
+                raise TypeError(
+                    "prepared queries read a prepared context, got a raw one; pass layer.prepare(b, ...), or the queries"
+                )
             check_is_tensor("queries", a)
             check_is_tensor("context", b)
             self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -697,9 +784,38 @@ class CrossAttention(nn.Module):
             named.append((KEPT_CONTEXT, values))
         return named
 
-    def _check_attendable(self, a: Tensor, prepared: PreparedContext) -> None:
+    def _queries_made_of(self, space: str) -> list[tuple[str, Tensor]]:
+        """The named weights that prepared queries were made of; in the "query" space they are the queries themselves, of none."""
+        if space == "query":
+            return []
+        named = _named_weights("q_proj", self.q_proj) + _named_weights("qk_norm", self.qk_norm)
+        return named + _named_weights("k_proj", self.k_proj) if space == "context" else named
+
+    def _check_queries(self, a: PreparedQueries, prepared: PreparedContext) -> None:
+        """Whether these prepared queries are this layer's, up to date, and in the space of this prepared context."""
+        if torch.compiler.is_compiling():
+            return
+        if a.space != prepared.plan.scores:
+            raise ValueError(
+                f'these queries were prepared for the "{a.space}" space but the context by the plan {prepared.plan}; call '
+                f'prepare_queries(a, space="{prepared.plan.scores}")'
+            )
+        if a.dim() == 3 and a.shape[0] != prepared.batch:
+            raise ValueError(f"the prepared queries have batch {a.shape[0]} but the prepared context has batch {prepared.batch}")
+        if a.stamp.owner is None:
+            return
+        if a.stamp.owner != self._token:
+            raise ValueError("these queries were prepared by another layer; call this layer's prepare_queries(a)")
+        if changed := a.stamp.changed_since(self._queries_made_of(a.space)):
+            raise ValueError(
+                f"these prepared queries are out of date: {', '.join(changed)} changed since prepare_queries; call it again"
+            )
+
+    def _check_attendable(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> None:
         """Whether these queries may read this prepared context."""
         self._check_prepared(prepared)
+        if isinstance(a, PreparedQueries):
+            return self._check_queries(a, prepared)
         weight = self.q_proj.weight if type(self.q_proj) is nn.Linear else None
         if (
             type(a) is Tensor
@@ -712,6 +828,7 @@ class CrossAttention(nn.Module):
         ):
             return  # the usual case, in one go
         check_is_tensor("queries", a)
+        assert isinstance(a, Tensor)
         self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
         self._check_tensor("queries", a)
         made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)

@@ -1,6 +1,6 @@
-"""`PreparedContext`: what a plan makes of B, once, to be read any number of times; and the stamp that tells when it is out of date.
+"""What is made once and read many times: `PreparedContext` of B, `PreparedQueries` of learned queries; and the stamp of both.
 
-Legend: z batch, m context length, h heads, g key-value heads.
+Legend: z batch, n queries, m context length, a width of the queries, h heads, g key-value heads, c width in which scores meet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 register_optimizer_step_post_hook(_count_steps)
 
 
-def _watch(tensor: Tensor) -> None:
+def watch(tensor: Tensor) -> None:
     """Count the optimizer steps over a parameter from now on."""
     if isinstance(tensor, nn.Parameter) and id(tensor) not in _optimizer_steps:
         _optimizer_steps[id(tensor)] = 0
@@ -73,7 +73,7 @@ class Stamp:
         """A stamp of a layer's token and of the named tensors that the prepared context was made of."""
         named = tuple(tensors)
         for _, tensor in named:
-            _watch(tensor)
+            watch(tensor)
         return cls(owner, tuple(name for name, _ in named), tuple(fingerprint(tensor) for _, tensor in named))
 
     def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -174,6 +174,60 @@ class PreparedContext:
             positions=positions,
             stamp=self.stamp.without(KEPT_CONTEXT),
         )
+
+
+@dataclass(frozen=True, repr=False)
+class PreparedQueries:
+    """Queries brought into a meeting space, to read any number of contexts: what learned queries need only once.
+
+    It belongs to one layer and to the weights that made it: `attend` refuses it after those weights changed.
+
+    Args:
+        queries: (z or 1, h or 1, n, c) in the meeting space of scores.
+        shape: of the queries that it was made of, (n, a) or (z, n, a).
+        space: the meeting space of scores: "head", "context" or "query".
+        stamp: which layer and weights made it.
+
+    Example:
+        >>> import torch, crossattention
+        >>> layer = crossattention.CrossAttention(48, 32, heads=4)
+        >>> queries = layer.prepare_queries(torch.randn(5, 48))
+        >>> layer.attend(queries, layer.prepare(torch.randn(2, 7, 32))).shape
+        torch.Size([2, 5, 48])
+        >>> queries.select(torch.tensor([4, 0])).shape
+        (2, 48)
+    """
+
+    queries: Tensor
+    shape: tuple[int, ...]
+    space: str
+    stamp: Stamp
+
+    def dim(self) -> int:
+        """Number of dimensions of the queries that it was made of: 2 for learned ones, 3 with a batch."""
+        return len(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.queries.device
+
+    def __repr__(self) -> str:
+        return f"PreparedQueries(shape={self.shape}, space={self.space}, {self.queries.dtype} on {self.queries.device})"
+
+    def select(self, rows: Tensor) -> PreparedQueries:
+        """Some of the queries, in the given order.
+
+        Args:
+            rows: integer indices of queries, (k,), the same for every item; or of each item, (z, k).
+        """
+        width = self.shape[-1]
+        if rows.dim() == 1:
+            shape = (*self.shape[:-2], rows.shape[0], width)
+            return replace(self, queries=self.queries.index_select(2, rows), shape=shape)
+        queries = self.queries.expand(rows.shape[0], -1, -1, -1)
+        at = rows[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+        return replace(self, queries=queries.gather(2, at), shape=(*rows.shape, width))
 
 
 pytree.register_constant(Plan)

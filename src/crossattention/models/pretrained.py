@@ -20,7 +20,10 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
-FAMILIES: dict[str, tuple[str, str]] = {"transformer": ("crossattention.models.transformer", "Transformer")}
+FAMILIES: dict[str, tuple[str, str]] = {
+    "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
+    "transformer": ("crossattention.models.transformer", "Transformer"),
+}
 """Name in `config.json` -> module and class of each model family."""
 
 _BUNDLED = Path(__file__).parents[1] / "recipes" / "assets"
