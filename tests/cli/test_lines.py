@@ -6,6 +6,7 @@ import pytest
 from rich.cells import cell_len
 
 from crossattention.cli import lines
+from crossattention.recipes.g2p import SUBSETS
 from crossattention.training.events import Evaluated, Finished, Started, Step
 
 STEP = Step(1200, 4000, 0.8125, 8412.7, 1e-3, 0.9, 63.0, 252.4)
@@ -79,7 +80,7 @@ def test_columns_are_straight_whatever_the_width_of_characters():
 
 def test_a_score_table_has_a_line_a_subset_and_a_column_a_score():
     metrics = {"words": 10, "per": 0.5, "words_stem_seen": 4, "per_stem_seen": 0.25, "per_stressed": 0.6}
-    assert lines.score_table(metrics) == [
+    assert lines.score_table(metrics, SUBSETS) == [
         "                                   words     per",
         "all                                   10  50.0 %",
         "a stem of the word was trained on      4  25.0 %",

@@ -40,7 +40,7 @@ def test_a_line_without_an_end_stays_bounded_and_is_refused(monkeypatch):
     [line, after, last] = [line for lines in lines_as_they_come(Chunks(*[b"x" * 8] * 100, b"\nok\n", b"end")) for line in lines]
     assert len(line) < 30
     with pytest.raises(ValueError, match="expected at most 10 bytes in a line, got more"):
-        Question(line).text()
+        Question(line).given()
     assert (after, last) == (b"ok", b"end")
 
 
@@ -56,9 +56,9 @@ def test_arguments_come_in_batches_and_need_no_place(monkeypatch):
     monkeypatch.setattr(questions, "BATCH_SIZE", 32)
     batches = list(questions_from_arguments([str(number) for number in range(40)]))
     assert [len(batch) for batch in batches] == [32, 8]
-    assert batches[1][7] == Question("39", "")
+    assert batches[1][7] == Question(("39",), "")
 
 
 def test_bytes_that_are_no_utf8_are_named():
     with pytest.raises(ValueError, match="expected UTF-8, got the byte 0xff as number 3"):
-        Question(b"ab\xff").text()
+        Question(b"ab\xff").given()

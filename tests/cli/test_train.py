@@ -41,7 +41,7 @@ def test_a_run_ends_with_scores_answers_and_the_next_command(trained):
     assert trained.code == 0
     assert lines[0] == f"training seq2seq in {trained.run}; Ctrl-C saves where it stands"
     assert re.fullmatch(r"\d\d,\d\d\d parameters on cpu", lines[1])
-    assert re.search(r"^trained 200 steps in 0:\d\d; the best model is of step \d+$", trained.stdout, re.MULTILINE)
+    assert re.search(r"^trained 200 steps in \d+:\d\d; the best model is of step \d+$", trained.stdout, re.MULTILINE)
     assert "On examples that it has never seen:" in lines
     answers = lines[lines.index("10 of them:") + 2 :][:10]
     assert sum(line.startswith("yes") for line in answers) >= 5

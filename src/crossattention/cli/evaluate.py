@@ -15,12 +15,12 @@ class EvaluateArguments:
 
     Args:
         run: folder of the run.
-        beams: width of the beam search; 1 is greedy.
+        beams: width of the beam search, for a run that writes text; 1, which is greedy, where it is not given.
         json: print one JSON object in the place of the table.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    beams: int = 1
+    beams: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     json: bool = False
 
 
@@ -30,14 +30,17 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
 
     from crossattention.cli.lines import score_table
     from crossattention.cli.weights import load_and_say, measuring, weights_digest
-    from crossattention.recipes.run import evaluate
+    from crossattention.recipes.run import check_beams, evaluate
 
     loaded = load_and_say(given.run)
+    check_beams(loaded, given.beams)
     with measuring("scoring the examples that it has never seen") as show:
         found = evaluate(loaded, beams=given.beams, on_progress=show)
     if given.json:
-        facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step, "beams": given.beams}
+        facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step}
+        if loaded.has_beams:
+            facts["beams"] = given.beams or 1
         print(json.dumps({**facts, "sha256": weights_digest(loaded), "scores": found}))
     else:
-        print("\n".join(score_table(found)))
+        print("\n".join(score_table(found, loaded.subsets)))
     return 0

@@ -5,17 +5,9 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from crossattention.recipes.listing import COUNTS, SHARES
 from crossattention.training.events import Evaluated, Finished, Started, Step
 from crossattention.views.alignment import escaped
-
-FRACTIONS = ("per", "wer", "cer", "exact")  # scores that are shares of 1, by how their names begin
-COUNTS = ("words", "pairs", "unreadable")
-SUBSETS = {
-    "": "all",
-    "_stem_seen": "a stem of the word was trained on",
-    "_stem_unseen": "no stem was trained on",
-    "_stressed": "all, stress counted",
-}
 
 
 def duration(seconds: float) -> str:
@@ -39,7 +31,7 @@ def score(name: str, value: float) -> str:
     """
     if name in COUNTS:
         return f"{value:,.0f}"
-    return f"{100 * value:.1f} %" if name.startswith(FRACTIONS) else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if name.startswith(SHARES) else f"{value:.3f}"
 
 
 def scores(metrics: Mapping[str, float]) -> str:
@@ -94,17 +86,22 @@ def records(
     return paragraphs[1:]
 
 
-def score_table(metrics: Mapping[str, float]) -> list[str]:
-    """All scores of a run: one line a subset of the held-out examples, one column a score."""
+def score_table(metrics: Mapping[str, float], subsets: Mapping[str, str]) -> list[str]:
+    """All scores of a run: one line a subset of the held-out examples, one column a score.
+
+    Args:
+        metrics: the scores.
+        subsets: how their names may end -> what they are of then; "" is the end of all other names.
+    """
     by_subset: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        suffix = next((suffix for suffix in SUBSETS if suffix and name.endswith(suffix)), "")
+        suffix = next((suffix for suffix in subsets if suffix and name.endswith(suffix)), "")
         by_subset.setdefault(suffix, {})[name.removesuffix(suffix)] = value
     names = list(dict.fromkeys(name for found in by_subset.values() for name in found))
     rows = [["", *names]]
-    for suffix in (suffix for suffix in SUBSETS if suffix in by_subset):
+    for suffix in (suffix for suffix in subsets if suffix in by_subset):
         found = by_subset[suffix]
-        rows.append([SUBSETS[suffix], *(score(name, found[name]) if name in found else "" for name in names)])
+        rows.append([subsets[suffix], *(score(name, found[name]) if name in found else "" for name in names)])
     return aligned(rows, right=range(1, len(names) + 1))
 
 

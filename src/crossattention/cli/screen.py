@@ -81,7 +81,7 @@ class PlainLines:
             self.example = event.sample or self.example
             about = lines.sample(event.sample) if event.sample else []
             self._print(lines.evaluated(event), *(f"  {line}" for line in about))
-        elif isinstance(event, Finished) and self.example and self.example["rows"]:
+        elif isinstance(event, Finished) and self.example and self.example.get("rows"):
             self._print(*map_lines(self.example, self.console))
 
     def _print(self, *texts: str) -> None:
@@ -138,7 +138,7 @@ class LiveScreen:
 
     def _picture(self, example: Mapping[str, Any]) -> list[RenderableType]:
         texts = [Text(line, style="bold", no_wrap=True, overflow="ellipsis") for line in lines.sample(example)]
-        if not example["rows"]:
+        if not example.get("rows"):
             return [Text(), *texts, Text()]
         room = max(FEWEST_MAP_LINES, self.console.height - LINES_BESIDE_THE_MAP)
         picture = map_lines(example, self.console, max_height=room)

@@ -1,49 +1,22 @@
 """What one `train` command line asks for: the recipe's settings, the training's, and where the run lies."""
 
 import dataclasses
-import importlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from crossattention.cli.flags import config_of, flags_of
+from crossattention.recipes.listing import RECIPES
 
 if TYPE_CHECKING:
+    from crossattention.recipes.recipe import RecipeTask
     from crossattention.training.config import TrainConfig
-    from crossattention.training.tasks import Task
 
 
-class Recipe(NamedTuple):
-    """Where a recipe lives; its module is imported when it is asked for."""
-
-    what: str
-    module: str
-    config: str
-    task: str
-
-    def part(self, name: str) -> Any:
-        """A class or function of the recipe's module."""
-        return getattr(importlib.import_module(self.module), name)
-
-
-RECIPES = {
-    "g2p": Recipe(
-        "letters to phonemes: how English words are pronounced, from the dictionary in the package",
-        "crossattention.recipes.g2p",
-        "G2PConfig",
-        "G2PTask",
-    ),
-    "seq2seq": Recipe(
-        "any two-column file: --data pairs.tsv (or .csv, .jsonl, .parquet)",
-        "crossattention.recipes.seq2seq",
-        "Seq2SeqConfig",
-        "Seq2SeqTask",
-    ),
-}
 LENGTHS = ("minutes", "steps", "epochs")
 
 
@@ -81,10 +54,9 @@ class Order:
         """What to type to go on after a stop."""
         return shlex.join(["crossattention", "train", self.recipe, "--out", str(self.run.out), "--resume"])
 
-    def build_task(self) -> "Task":
+    def build_task(self) -> "RecipeTask":
         """Read the data."""
-        recipe = RECIPES[self.recipe]
-        return recipe.part(recipe.task)(self.config, seed=self.training.seed)
+        return RECIPES[self.recipe].load().TASK(self.config, seed=self.training.seed)
 
 
 def read_order(name: str, arguments: Sequence[str], *, prog: str) -> Order:
@@ -101,10 +73,10 @@ def read_order(name: str, arguments: Sequence[str], *, prog: str) -> Order:
     """
     from crossattention.training.config import TrainConfig
 
-    recipe = RECIPES[name]
-    config_class = recipe.part(recipe.config)
+    recipe = RECIPES[name].load()
+    config_class = recipe.CONFIG
     place = Place(out=Path("runs") / name)
-    config, training = None, recipe.part("default_training")()
+    config, training = None, recipe.default_training()
     if "--resume" in arguments and not {"-h", "--help"} & set(arguments):
         resumed, _ = tyro.cli(Place, default=place, args=arguments, prog=prog, return_unknown_args=True)
         config, training = _settings_of_run(name, resumed.out)
@@ -117,7 +89,7 @@ def read_order(name: str, arguments: Sequence[str], *, prog: str) -> Order:
         ("recipe", flags_of(config_class, config)),
     ]
     flags = dataclasses.make_dataclass("Flags", parts, frozen=True, kw_only=True)
-    flags.__doc__ = f"Train {recipe.what}."
+    flags.__doc__ = f"Train {RECIPES[name].what}."
     options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     given: Any = tyro.cli(flags, args=arguments, prog=prog, config=options)
 
@@ -138,5 +110,5 @@ def _settings_of_run(recipe: str, out: Path) -> tuple[Any, "TrainConfig"]:
     name = stored["task"].get("recipe")
     if name != recipe:
         raise ValueError(f"the run in {out} is of the recipe {name}, not {recipe}: crossattention train {name} resumes it")
-    config = RECIPES[recipe].part("config_from_json")(stored["task"]["config"])
+    config = RECIPES[recipe].load().config_from_json(stored["task"]["config"])
     return config, TrainConfig.from_json(stored["training"])

@@ -11,18 +11,16 @@ from rich.text import Text
 from crossattention.cli import lines
 from crossattention.cli.main import EXIT_OK, EXIT_USER, unknown
 from crossattention.cli.screen import screen_for
-from crossattention.cli.settings import RECIPES, Order, read_order
+from crossattention.cli.settings import Order, read_order
 from crossattention.cli.weights import load_and_say, measuring, waiting
+from crossattention.recipes.listing import RECIPES
 from crossattention.views.alignment import escaped
 
 if TYPE_CHECKING:
-    from crossattention.recipes.run import Run
-    from crossattention.training.tasks import Task
+    from crossattention.recipes.recipe import Examples, RecipeTask, Run
 
 NUM_EXAMPLES = 10
 WIDTH_OF_A_LOG = 120
-WIDEST_ANSWER = 30  # a young model may stammer without end
-NEW_WORDS = ["zoomified", "blorkworthy", "crossattention"]
 
 
 def run(arguments: Sequence[str], *, prog: str) -> int:
@@ -47,16 +45,14 @@ def _help(prog: str) -> str:
     return "\n".join([f"usage: {prog} RECIPE ...", "", "Train a model. The recipes:", "", *recipes, *rest])
 
 
-def _read_data(order: Order, console: Console) -> "Task":
+def _read_data(order: Order, console: Console) -> "RecipeTask":
     with waiting("reading the data"):
         task = order.build_task()
-    parts = getattr(task, "parts", None)  # a recipe that reads the user's files tells what it left out
-    if parts is not None and parts.skipped:
-        _print(console, f"bad lines left out: {parts.skipped:,}, such as {parts.problems[0]}")
+    _print(console, *task.notes)
     return task
 
 
-def _train(task: "Task", order: Order, console: Console) -> bool:
+def _train(task: "RecipeTask", order: Order, console: Console) -> bool:
     """Train to the end; False in the processes of a group that only help the first.
 
     Raises:
@@ -88,7 +84,7 @@ def _train(task: "Task", order: Order, console: Console) -> bool:
     return isinstance(event, Finished)
 
 
-def _show_results(order: Order, task: "Task", console: Console) -> None:
+def _show_results(order: Order, task: "RecipeTask", console: Console) -> None:
     """The scores on unseen examples, some of these beside the data's answers, where the run lies, what to type next."""
     from crossattention.recipes.run import evaluate
 
@@ -96,57 +92,39 @@ def _show_results(order: Order, task: "Task", console: Console) -> None:
     out = shlex.quote(str(order.run.out))
     try:
         with measuring("scoring the examples that it has never seen (Ctrl-C leaves that out)") as show:
-            scores = lines.score_table(evaluate(loaded, on_progress=show))
+            scores = lines.score_table(evaluate(loaded, on_progress=show), loaded.subsets)
     except KeyboardInterrupt:
         scores = [f"not scored; this does it: crossattention evaluate {out}"]
-    labels, answers, to_ask = _unseen(loaded, order, task)
+    examples = task.examples(loaded, NUM_EXAMPLES)
     width = console.width if console.is_terminal else WIDTH_OF_A_LOG
     _print(console, "", "On examples that it has never seen:", *scores)
-    _print(console, "", f"{len(answers)} of them:", *lines.records(labels, answers, width=width, has_header=True))
+    _print(console, "", f"{len(examples.rows)} of them:", *_table(examples, width))
     _print(console, "", _write_view(loaded, order, task))
-    _print(console, "", f"The run lies in {out}. Ask it:", f"  crossattention predict {out} {shlex.join(to_ask)}")
+    _print(console, "", f"The run lies in {out}. Ask it:", f"  crossattention predict {out} {shlex.join(examples.to_ask)}")
 
 
-def _write_view(loaded: "Run", order: Order, task: "Task") -> str:
+def _write_view(loaded: "Run", order: Order, task: "RecipeTask") -> str:
     """Write the page of the example that was drawn while it trained, and say where it lies."""
+    from crossattention.recipes.recipe import name_of
     from crossattention.views.pages import write_page
 
-    text = task.sample_source
+    text = name_of(task.sample_input)
     try:
-        path = write_page(loaded.view(text), order.run.out / "view.html")
+        path = write_page(loaded.view(task.sample_input), order.run.out / "view.html")
     except ValueError as fault:  # a model that has learned nothing may write nothing
         return f"No view of {escaped(text)}: {fault}"
     return f"What it reads of {escaped(text)}, to open in a browser: {path}"
 
 
-def _unseen(loaded: "Run", order: Order, task: "Task") -> tuple[list[str], list[list[str]], list[str]]:
-    """Labels and rows of some unseen examples with the model's answers; and texts to ask the run for."""
-    if order.recipe == "g2p":
-        from crossattention.recipes.g2p import unseen_words
-
-        words = unseen_words(loaded.translator, stressed=order.config.stressed, count=NUM_EXAMPLES)
-        answers = [
-            [
-                _mark(word.predicted, word.references),
-                word.word,
-                lines.shortened(lines.or_nothing(word.predicted), WIDEST_ANSWER),
-                lines.shortened(lines.spoken(word.ipa), WIDEST_ANSWER),
-                " | ".join(word.references),
-            ]
-            for word in words
-        ]
-        return ["right", "word", "model", "IPA", "dictionary"], answers, NEW_WORDS
-    pairs = task.parts.test[:NUM_EXAMPLES]
-    predictions = loaded.translator.predict_all([source for source, _ in pairs])
-    answers = [
-        [_mark(found.text, [target]), escaped(source), lines.or_nothing(found.text), escaped(target)]
-        for (source, target), found in zip(pairs, predictions, strict=True)
-    ]
-    return ["right", "source", "model", "data"], answers, [pairs[0][0]]
-
-
-def _mark(predicted: str, references: Sequence[str]) -> str:
-    return "yes" if predicted in references else ""
+def _table(examples: "Examples", width: int) -> list[str]:
+    """The examples in straight columns, or as paragraphs where these are too wide."""
+    rows = []
+    for is_right, cells in examples.rows:
+        texts = [lines.or_nothing(text) if at in examples.answers else escaped(text) for at, text in enumerate(cells)]
+        for at, widest in examples.widest.items():
+            texts[at] = lines.shortened(texts[at], widest)
+        rows.append(["yes" if is_right else "", *texts])
+    return lines.records(["right", *examples.labels], rows, width=width, has_header=True)
 
 
 def _print(console: Console, *texts: str) -> None:

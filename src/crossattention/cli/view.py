@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from crossattention.recipes.run import Run
-    from crossattention.views.content import AttentionView, FeedForwardView, MemoryLayer
+    from crossattention.recipes.recipe import Input, Run
+    from crossattention.views.content import AttentionLayer, AttentionView, FeedForwardView, MemoryLayer, Side
 
 LONGEST_NAME = 40
 
@@ -22,7 +22,7 @@ class ViewArguments:
 
     Args:
         run: folder of the run.
-        input: the text to read.
+        input: what to read: a text, the name of a file, or several words, as the run's recipe has it.
         out: file to write, ending in .html, .png or .svg; attention-INPUT.html in this folder where it is not given.
         answer: the output to look at, in the place of the run's own.
         layer: the layer to show first, or in a figure; the mean of all where it is not given.
@@ -33,7 +33,7 @@ class ViewArguments:
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    input: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [...]")]
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     answer: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     layer: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -52,27 +52,43 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     from crossattention.views.pages import write_page
     from crossattention.views.selection import check_choice
 
-    out = given.out if given.out is not None or given.json else Path(_name(given.input))
+    out = given.out if given.out is not None or given.json else Path(_name(" ".join(given.input)))
     if out is not None:
         checked_path(out, (".html", *FORMATS))  # before the work, not after it
     loaded = load_and_say(given.run)
+    asked = _asked(loaded, given.input)
     with measuring("reading the input") as show:
-        view = _view(loaded, given, show)
+        view = _view(loaded, asked, given, show)
     check_choice(view, given.layer, given.head)
     if out is not None:
         write: Callable[..., Path] = write_page if out.suffix.lower() == ".html" else write_figure
         write(view, out, layer=given.layer, head=given.head)
     if given.json:
-        print(json.dumps(_facts(loaded, given, view, out), ensure_ascii=False))
+        print(json.dumps(_facts(loaded, asked, given, view, out), ensure_ascii=False))
     else:
         print(out)
     return 0
 
 
-def _view(loaded: "Run", given: ViewArguments, show: Callable[[int, int], None]) -> "AttentionView | FeedForwardView":
+def _asked(loaded: "Run", words: Sequence[str]) -> "Input":
+    """The words as the run is asked them: one text, or as many as its inputs have names.
+
+    Raises:
+        ValueError: another number of words.
+    """
+    names = loaded.input_names
+    if len(words) != len(names):
+        count = "one word" if len(names) == 1 else f"{len(names)} words"
+        raise ValueError(f"a run of {loaded.recipe} reads {count}, {' '.join(names)}; got {len(words)}: {' '.join(words)}")
+    return words[0] if len(names) == 1 else tuple(words)
+
+
+def _view(
+    loaded: "Run", asked: "Input", given: ViewArguments, show: Callable[[int, int], None]
+) -> "AttentionView | FeedForwardView":
     if given.feed_forward:
-        return loaded.feed_forward_view(given.input, given.answer, on_progress=show)
-    return loaded.view(given.input, given.answer)
+        return loaded.feed_forward_view(asked, given.answer, on_progress=show)
+    return loaded.view(asked, given.answer)
 
 
 def _name(text: str) -> str:
@@ -81,17 +97,41 @@ def _name(text: str) -> str:
     return f"attention-{letters or 'input'}.html"
 
 
-def _facts(loaded: "Run", given: ViewArguments, view: "AttentionView | FeedForwardView", out: Path | None) -> dict[str, Any]:
+def _facts(
+    loaded: "Run", asked: "Input", given: ViewArguments, view: "AttentionView | FeedForwardView", out: Path | None
+) -> dict[str, Any]:
     """All that the view shows, its numbers included."""
     from crossattention.cli.weights import weights_digest
     from crossattention.views.content import FeedForwardView
 
     facts = {"run": str(given.run), "recipe": loaded.recipe, "step": loaded.step, "sha256": weights_digest(loaded)}
-    facts |= {"input": given.input, "title": view.title, "file": None if out is None else str(out)}
+    facts |= {"input": asked, "title": view.title, "file": None if out is None else str(out)}
     if isinstance(view, FeedForwardView):
         return {**facts, "tokens": view.tokens.tokens, "layers": [_memory(layer) for layer in view.layers]}
-    layers = [{"name": layer.name, "kind": layer.kind, "weights": _rounded(layer.weights)} for layer in view.layers]
-    return {**facts, "queries": view.queries.tokens, "context": view.context.tokens, "layers": layers}
+    layers = [_layer(layer) for layer in view.layers]
+    return {**facts, "queries": _side(view.queries), "context": _side(view.context), "layers": layers}
+
+
+def _side(side: "Side") -> Any:
+    """The tokens of a text; of other sides how their positions lie."""
+    from crossattention.views.content import ImageSide, SoundSide, TextSide
+
+    if isinstance(side, TextSide):
+        return side.tokens
+    if isinstance(side, ImageSide):
+        return {"kind": "image", "leading": side.leading, "rows": side.rows, "columns": side.columns}
+    if isinstance(side, SoundSide):
+        seconds = round(float(side.seconds_per_position or 0), 6)
+        return {"kind": "sound", "positions": side.positions, "seconds_per_position": seconds}
+    return {"kind": "long", "positions": side.length, "labels": dict(side.labels)}
+
+
+def _layer(layer: "AttentionLayer") -> dict[str, Any]:
+    """All weights of a layer, or where these were never held, those that were."""
+    facts: dict[str, Any] = {"name": layer.name, "kind": layer.kind}
+    if layer.weights is not None:
+        return {**facts, "weights": _rounded(layer.weights)}
+    return {**facts, "top_indices": layer.top_indices.tolist(), "top_weights": _rounded(layer.top_weights)}
 
 
 def _memory(layer: "MemoryLayer") -> dict[str, Any]:

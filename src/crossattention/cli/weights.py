@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crossattention.recipes.run import Run
+    from crossattention.recipes.recipe import Run
 
 
 def load_and_say(folder: Path) -> "Run":

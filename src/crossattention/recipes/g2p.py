@@ -12,11 +12,12 @@ without stress (g2p-seq2seq's Transformer).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -34,8 +35,10 @@ from crossattention.recipes.cmudict import (
     without_stress,
 )
 from crossattention.recipes.pair_task import ModelShape, PairLearner
+from crossattention.recipes.recipe import Examples
 from crossattention.recipes.scores import PronunciationScores, score_pronunciations
 from crossattention.recipes.translator import OnProgress, Prediction, Translator
+from crossattention.recipes.translator_run import TranslatorRun, open_translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 
@@ -43,6 +46,22 @@ RECIPE = "g2p"
 
 SAMPLE_WORD = "spaghetti"
 """A validation word, drawn at each evaluation: a silent letter, a doubled one, seven phonemes of nine letters."""
+
+NEW_WORDS = ("zoomified", "blorkworthy", "crossattention")
+"""Words to try that no dictionary has."""
+
+WIDEST = 30
+"""Cells of an answer in the table: a young model may stammer without end."""
+
+SUBSETS: Mapping[str, str] = MappingProxyType(
+    {
+        "": "all",
+        "_stem_seen": "a stem of the word was trained on",
+        "_stem_unseen": "no stem was trained on",
+        "_stressed": "all, stress counted",
+    }
+)
+"""Which test words a score is of, by how its name ends."""
 
 Words = Mapping[str, tuple[str, ...]]
 """Words with all their pronunciations."""
@@ -106,8 +125,13 @@ class G2PTask:
         )
 
     @property
-    def sample_source(self) -> str:
-        """The text that is drawn at each evaluation."""
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: the dictionary is whole."""
+        return ()
+
+    @property
+    def sample_input(self) -> str:
+        """The word that is drawn at each evaluation."""
         return SAMPLE_WORD
 
     @property
@@ -146,6 +170,55 @@ class G2PTask:
             "data": {"name": "cmudict", "sha256": dictionary_sha256()},
             **self.learner.describe(),
         }
+
+    def examples(self, run: G2PRun, count: int) -> Examples:
+        """Test words with a run's answers, in phonemes and in IPA, and words that are in no dictionary."""
+        words = unseen_words(run.translator, stressed=self.config.stressed, count=count)
+        rows = [
+            (word.predicted in word.references, (word.word, word.predicted, _spoken(word.ipa), " | ".join(word.references)))
+            for word in words
+        ]
+        return Examples(("word", "model", "IPA", "dictionary"), tuple(rows), NEW_WORDS, answers=(1,), widest={1: WIDEST, 2: WIDEST})
+
+
+@dataclass(frozen=True)
+class G2PRun(TranslatorRun):
+    """A trained model that pronounces words: small letters and capitals are the same, and the predictions carry IPA."""
+
+    subsets: ClassVar[Mapping[str, str]] = SUBSETS
+
+    def predict(
+        self, inputs: Iterable[str], *, beams: int = 4, num_hypotheses: int = 1, batch_size: int = 32
+    ) -> Iterator[list[Prediction]]:
+        """Predict words as they come, with IPA; see `Translator.predict`."""
+        found = super().predict(inputs, beams=beams, num_hypotheses=num_hypotheses, batch_size=batch_size)
+        return ([with_ipa(prediction) for prediction in predictions] for predictions in found)
+
+    def evaluate(self, *, beams: int = 1, on_progress: OnProgress | None = None) -> dict[str, float]:
+        """Score the run on all test words; Returns as `score_test_words`.
+
+        Raises:
+            ValueError: the run was trained on another edition of the dictionary.
+        """
+        then, now = self.description["data"]["sha256"], dictionary_sha256()
+        if then != now:
+            raise ValueError(
+                f"{self.path} was trained on another edition of the dictionary (sha256 {then}, here {now}); scores "
+                "would not be of unseen words: score it with the version of crossattention that trained it"
+            )
+        return score_test_words(self.translator, stressed=self._is_stressed, beams=beams, on_progress=on_progress)
+
+    def training_pairs(self, count: int) -> list[tuple[str, str]]:
+        """Some training words with their first pronunciations."""
+        return training_pairs(stressed=self._is_stressed, count=count)
+
+    def spelled(self, text: str) -> str:
+        """A word as the dictionary spells it."""
+        return letters_of(text)
+
+    @property
+    def _is_stressed(self) -> bool:
+        return config_from_json(self.description["config"]).stressed
 
 
 @dataclass(frozen=True)
@@ -270,3 +343,16 @@ def _first_by_hash(words: Words, count: int) -> dict[str, tuple[str, ...]]:
     """Some of the words, the same ones whatever else the dictionary holds, not the first of the alphabet."""
     chosen: Iterable[str] = sorted(words, key=lambda word: hashlib.blake2b(word[::-1].encode()).digest())[:count]
     return {word: words[word] for word in chosen}
+
+
+def _spoken(ipa: str) -> str:
+    """IPA between its strokes; nothing where there is none."""
+    return f"/{ipa}/" if ipa else ""
+
+
+CONFIG, TASK = G2PConfig, G2PTask
+
+
+def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int | None) -> G2PRun:
+    """A run out of its parts."""
+    return G2PRun(path, RECIPE, description, step, open_translator(path, description, model))

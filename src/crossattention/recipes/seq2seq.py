@@ -21,8 +21,10 @@ from crossattention.data.pairs import read_pairs
 from crossattention.data.vocabulary import Tokenizer, TokenizerKind, UnknownSymbol, WordTokenizer, build_tokenizer
 from crossattention.models.transformer import Transformer
 from crossattention.recipes.pair_task import ModelShape, PairLearner
+from crossattention.recipes.recipe import Examples
 from crossattention.recipes.scores import LOWER_IS_BETTER, TextMetric, check_text_metrics, score_texts
 from crossattention.recipes.translator import OnProgress, Translator
+from crossattention.recipes.translator_run import TranslatorRun, open_translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 
@@ -173,7 +175,14 @@ class Seq2SeqTask:
         return next((metric for metric in self.config.metrics if LOWER_IS_BETTER[metric]), "loss")
 
     @property
-    def sample_source(self) -> str:
+    def notes(self) -> tuple[str, ...]:
+        """How many bad lines were left out, if any, and the first of them."""
+        if not self.parts.skipped:
+            return ()
+        return (f"bad lines left out: {self.parts.skipped:,}, such as {self.parts.problems[0]}",)
+
+    @property
+    def sample_input(self) -> str:
         """The text that is drawn at each evaluation."""
         return self.readable[0][0]
 
@@ -211,12 +220,36 @@ class Seq2SeqTask:
             **self.learner.describe(),
         }
 
+    def examples(self, run: Seq2SeqRun, count: int) -> Examples:
+        """The first test pairs with a run's answers."""
+        pairs = self.parts.test[:count]
+        predictions = run.translator.predict_all([source for source, _ in pairs])
+        rows = [
+            (found.text == target, (source, found.text, target)) for (source, target), found in zip(pairs, predictions, strict=True)
+        ]
+        return Examples(("source", "model", "data"), tuple(rows), (pairs[0][0],), answers=(1,))
+
     def _can_encode(self, pair: tuple[str, str]) -> bool:
         try:
             self.learner.encoded([pair])
         except UnknownSymbol:
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Seq2SeqRun(TranslatorRun):
+    """A trained model of the user's pairs."""
+
+    def evaluate(self, *, beams: int = 1, on_progress: OnProgress | None = None) -> dict[str, float]:
+        """Score the run on its test pairs; Returns as `score_pairs`, Raises as `check_files`."""
+        config = config_from_json(self.description["config"])
+        check_files(config, self.description["data"])
+        return score_pairs(self.translator, read_parts(config).test, config.metrics, beams=beams, on_progress=on_progress)
+
+    def training_pairs(self, count: int) -> Pairs:
+        """Some training pairs; none where the files are not those that the run was trained on."""
+        return training_pairs(config_from_json(self.description["config"]), self.description["data"], count=count)
 
 
 def score_pairs(
@@ -332,3 +365,11 @@ def _tokenizer(kind: TokenizerKind, size: int | None, texts: list[str]) -> Token
     if kind == "characters":
         return build_tokenizer(kind, texts)
     return build_tokenizer(kind, texts, size=_DEFAULT_BPE_SIZE if kind == "bpe" and size is None else size)
+
+
+CONFIG, TASK = Seq2SeqConfig, Seq2SeqTask
+
+
+def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int | None) -> Seq2SeqRun:
+    """A run out of its parts."""
+    return Seq2SeqRun(path, RECIPE, description, step, open_translator(path, description, model))
