@@ -55,6 +55,7 @@ from crossattention.layers.feed_forward import FeedForward
 from crossattention.models.perceiver_adapters import (
     INPUTS,
     OUTPUTS,
+    BatchNorm,
     ClassOutput,
     FlowInput,
     FlowOutput,
@@ -434,7 +435,10 @@ class PerceiverIO(Pretrained, nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.Conv2d):
+            elif isinstance(module, nn.LayerNorm | BatchNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
                 module.reset_parameters()
         if hasattr(self.outputs, "bias"):
             nn.init.zeros_(self.outputs.bias)

@@ -414,7 +414,7 @@ class Grid:
         return tuple(self.positions.parameters())
 
     def parts(self, weight: Tensor) -> Parts:
-        """What a projection makes of the positions alone, the features' columns of its weight, and the positions' mean and spread."""
+        """The features' columns of a projection's weight, the positions projected, and their mean and spread."""
         f, table = self.features.shape[-1], self._table().to(weight.dtype)
         mean = table.mean(-1, keepdim=True)
         return weight[:, :f], linear(table, weight[:, f:]), mean, (table - mean).square().sum(-1, keepdim=True)
@@ -531,7 +531,7 @@ class ConvStem(nn.Module):
         super().__init__()
         self.padding = padding
         self.conv = nn.Conv2d(channels, dim, 7, stride=2, bias=False)
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm = BatchNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (z, channels, H, W) to maps (z, dim, h, w), about a quarter as high and wide."""
@@ -540,6 +540,20 @@ class ConvStem(nn.Module):
         if self.padding == "same":
             maps = F.pad(maps, _same_padding(maps.shape[2:], 3, 2), value=-torch.inf)
         return F.max_pool2d(maps, 3, 2)
+
+
+class BatchNorm(nn.Module):
+    """`torch.nn.BatchNorm2d` without its count of batches, which only one without momentum uses."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (z, dim, h, w), normalised over all but the second dimension; in evaluation by what training has seen."""
+        return F.batch_norm(maps, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 def _same_padding(size: Sequence[int], kernel: int, stride: int) -> tuple[int, int, int, int]:
@@ -575,18 +589,18 @@ class FlowAdapter(nn.Module):
             )
         if tuple(frames.shape[3:]) != tuple(config.size):
             raise ValueError(
-                f"frames must be {config.size[0]} x {config.size[1]}, as this model was built, got {tuple(frames.shape)}; cut larger "
-                "ones into tiles of that size"
+                f"frames must be {config.size[0]} x {config.size[1]}, as this model was built, got {tuple(frames.shape)}; "
+                "cut larger ones into tiles of that size"
             )
         if frames.shape[2] == config.channels and config.patch > 1:
             frames = patches_around(frames, config.patch)
-        z, _, _, height, width = frames.shape
+        height, width = frames.shape[3:]
         features = frames.flatten(1, 2).flatten(2).transpose(1, 2)  # each pixel: the first frame's patch, then the second's
         return Grid(project(self.proj, features), (height, width), self.positions)
 
 
 def patches_around(frames: Tensor, patch: int = 3) -> Tensor:
-    """The patch around each pixel, (..., channels patch^2, H, W): rows of the patch, then its columns, then channels; zero outside."""
+    """The patch around each pixel, (..., channels patch^2, H, W): by row, column, then channel; zero outside of the frame."""
     *leading, channels, height, width = frames.shape
     around = patch // 2
     taken = F.unfold(frames.reshape(-1, channels, height, width), patch, padding=around)
@@ -595,7 +609,7 @@ def patches_around(frames: Tensor, patch: int = 3) -> Tensor:
 
 
 class VideoAdapter(nn.Module):
-    """A video with sound and label, {"audio": (z, samples, 1), "image": (z, frames, channels, H, W), "label": (z, labels)}, as rows."""
+    """A video with its sound and label as rows: audio (z, samples, 1), image (z, frames, channels, H, W), label (z, labels)."""
 
     def __init__(self, config: VideoInput) -> None:
         super().__init__()
