@@ -24,6 +24,7 @@ VOCAB_SIZE = OFFSET + 256
 LONGEST_PIECE = 16
 """Longer words are masked in pieces of so many bytes: a line of code without blanks may be as long as a window."""
 
+_SHORT_SHARE = 0.25
 BLANKS = b" \t\n\r\v\f"
 """The bytes that divide words."""
 
@@ -138,7 +139,7 @@ class MaskedBatch:
 class MaskedWindows:
     """All batches of a stream.
 
-    Every epoch reads each byte of the stream once (the last window may overlap the first): it is cut into windows at a place that
+    Every epoch takes each byte of the stream once (the last window may overlap the first): it is cut into windows at a place that
     differs from epoch to epoch, and the windows come in an order of their own. Of each window the same number of bytes is masked, in
     whole words: a word is what stands between blanks, drawn words are masked until the number is reached, and of the last one only the
     first bytes are; words over 16 bytes come in pieces of 16. Every masked byte becomes MASK.
@@ -149,6 +150,8 @@ class MaskedWindows:
         batch_size: windows in a batch, z.
         mask_share: share of a window that is masked, above 0 and at most 0.5.
         seed: of order, cuts and masks.
+        shortest: if given, one batch in four has windows of a length from this up to `length`, so that short texts are learned too;
+            what is cut off is not read in that epoch.
 
     Raises:
         ValueError: a setting out of range, or a stream shorter than a window.
@@ -159,8 +162,12 @@ class MaskedWindows:
         Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
     """
 
-    def __init__(self, stream: ByteStream, *, length: int, batch_size: int, mask_share: float = 0.15, seed: int = 0) -> None:
+    def __init__(
+        self, stream: ByteStream, *, length: int, batch_size: int, mask_share: float = 0.15, seed: int = 0, shortest: int | None = None
+    ) -> None:
         check_window(length, mask_share)
+        if shortest is not None and not 2 <= shortest <= length:
+            raise ValueError(f"expected a shortest window of 2 to {length} bytes, got {shortest}")
         if batch_size < 1:
             raise ValueError(f"expected a batch of at least 1 window, got {batch_size}")
         if len(stream) < length:
@@ -171,8 +178,9 @@ class MaskedWindows:
         self.stream = stream
         self.length = length
         self.batch_size = batch_size
-        self.num_masked = count_masked(length, mask_share)
+        self.mask_share = mask_share
         self.seed = seed
+        self.shortest = shortest
 
     @property
     def num_windows(self) -> int:
@@ -198,8 +206,12 @@ class MaskedWindows:
     def batch_of(self, places: Sequence[int], *, seed: int) -> MaskedBatch:
         """The windows that begin at these places of the stream, masks drawn by (the windows' seed, `seed`)."""
         random = np.random.default_rng((self.seed, 1, seed))
-        windows = np.stack([self.stream.read(place, self.length) for place in places])
-        positions = np.stack([masked_positions(window, self.num_masked, random) for window in windows])
+        length = self.length
+        if self.shortest is not None and random.random() < _SHORT_SHARE:
+            length = int(random.integers(self.shortest, self.length + 1))
+        num_masked = count_masked(length, self.mask_share)
+        windows = np.stack([self.stream.read(place, length) for place in places])
+        positions = np.stack([masked_positions(window, num_masked, random) for window in windows])
         labels = np.take_along_axis(windows, positions, axis=1)
         np.put_along_axis(windows, positions, MASK, axis=1)
         return MaskedBatch(*map(torch.from_numpy, (windows, positions, labels)), indices=tuple(places))

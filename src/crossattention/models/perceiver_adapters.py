@@ -741,7 +741,7 @@ class TokenAdapter(nn.Module):
             if outputs.dim() != 2 or outputs.shape[0] != batch or outputs.shape[1] > n:
                 raise ValueError(f"a mask of outputs must be ({batch}, up to {n}), got {tuple(outputs.shape)}")
             most = int(outputs.sum(1).max()) if outputs.numel() else 0
-            outputs = outputs.to(torch.int8).argsort(1, descending=True, stable=True)[:, :most]
+            outputs = outputs.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         else:
             check_where("outputs", outputs, n, batch)
         return [Question("tokens", n, outputs, learned=self.queries)]

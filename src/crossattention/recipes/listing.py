@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARES = ("per", "wer", "cer", "exact", "accuracy")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "unreadable")
+COUNTS = ("words", "pairs", "unreadable", "masked")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -56,6 +56,10 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "seq2seq": Listed(
             "any two-column file: --data pairs.tsv (or .csv, .jsonl, .parquet)",
             "crossattention.recipes.seq2seq",
+        ),
+        "bytes": Listed(
+            "masked bytes of any folder of text: --data FOLDER; without it the Python standard library's own source",
+            "crossattention.recipes.byte_text",
         ),
     }
 )
