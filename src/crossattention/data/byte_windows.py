@@ -163,7 +163,14 @@ class MaskedWindows:
     """
 
     def __init__(
-        self, stream: ByteStream, *, length: int, batch_size: int, mask_share: float = 0.15, seed: int = 0, shortest: int | None = None
+        self,
+        stream: ByteStream,
+        *,
+        length: int,
+        batch_size: int,
+        mask_share: float = 0.15,
+        seed: int = 0,
+        shortest: int | None = None,
     ) -> None:
         check_window(length, mask_share)
         if shortest is not None and not 2 <= shortest <= length:

@@ -173,7 +173,9 @@ class ByteFiller:
         else:
             size += len(raw) - end
         if size > self.max_length:
-            raise ValueError(f"expected a text of at most {self.max_length} bytes, marks counted, got {size} or more: {text[:60]!r}")
+            raise ValueError(
+                f"expected a text of at most {self.max_length} bytes, marks counted, got {size} or more: {text[:60]!r}"
+            )
         if not pieces:
             raise ValueError(f"expected a mark such as [MASK] (one byte) or [MASK*5] (five) in the text, got {text[:60]!r}")
         return np.concatenate([*pieces, encode(raw[end:])])

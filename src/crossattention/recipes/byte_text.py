@@ -57,7 +57,7 @@ NO_SOURCE = ("site-packages", "dist-packages")
 """Folders of the standard library that hold other people's packages."""
 
 _TOGETHER = 50  # windows that are scored at once
-_SHOWN_BYTES = 60
+_SHOWN_BYTES = 120
 _MOST_LISTED = 20_000
 
 
@@ -101,9 +101,9 @@ class BytesConfig:
 
     data: Path | None = None
     pattern: str | None = None
-    length: int = 128
+    length: int = 64
     mask_share: float = 0.15
-    batch_size: int = 32
+    batch_size: int = 64
     evaluation_windows: int = 200
     test_windows: int = 1000
     model: PerceiverShape = field(default_factory=PerceiverShape)
@@ -138,7 +138,7 @@ class BytesConfig:
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults."""
-    return TrainConfig(minutes=10, learning_rate=4e-3, optimizer="muon", warmup_steps=100)
+    return TrainConfig(minutes=10, learning_rate=2e-3, optimizer="muon", warmup_steps=100)
 
 
 def config_from_json(fields: Mapping[str, Any]) -> BytesConfig:
@@ -336,9 +336,7 @@ def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int |
     return BytesRun(path, description["recipe"], description, step, ByteFiller(model, config.length))
 
 
-def score_model(
-    model: nn.Module, windows: MaskedWindows, count: int, *, on_progress: Any | None = None
-) -> dict[str, float]:
+def score_model(model: nn.Module, windows: MaskedWindows, count: int, *, on_progress: Any | None = None) -> dict[str, float]:
     """Bits per byte and accuracy of a model on the first `count` windows, and how many bytes these are of."""
     device = next(model.parameters()).device
     nats, right, total = 0.0, 0, 0
@@ -408,9 +406,7 @@ def _sinusoids(places: Tensor, dim: int, longest: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), -1)[:, :dim] * 2**0.5
 
 
-def _windows(
-    config: BytesConfig, stream: ByteStream, *, batch_size: int = 1, seed: int = 0, varies: bool = False
-) -> MaskedWindows:
+def _windows(config: BytesConfig, stream: ByteStream, *, batch_size: int = 1, seed: int = 0, varies: bool = False) -> MaskedWindows:
     return MaskedWindows(
         stream,
         length=config.length,
@@ -435,7 +431,8 @@ def _questions(stream: ByteStream, length: int, *, count: int) -> list[Question]
     places = MaskedWindows(stream, length=size, batch_size=1, seed=0)
     for number in range(min(50 * count, places.num_windows)):
         ids = stream.read(places.place(number), size)
-        question = hide_word(decode(ids[ids != END]).decode("utf-8", "ignore"))
+        lines = decode(ids[ids != END]).decode("utf-8", "ignore").splitlines()
+        question = hide_word(max(lines, key=len, default="").strip())
         if question is not None and question not in found:
             found.append(question)
         if len(found) == count:
