@@ -133,7 +133,7 @@ def test_faults_of_the_folder_are_said(tmp_path: Path) -> None:
     write(tmp_path, a=b"\0")
     with pytest.raises(NotADirectoryError, match="give the folder that it lies in"):
         list_text(tmp_path / "a")
-    with pytest.raises(ValueError, match="holds no text file .* it holds 1 binary"):
+    with pytest.raises(ValueError, match=r"holds no text file .* it holds 1 binary"):
         list_text(tmp_path)
     with pytest.raises(ValueError, match=r"has 1 text files.*expected at least 3.*left out: 1 binary"):
         list_text(write(tmp_path, b=b"text")).parts()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.checkpoints import perceiver_huggingface as family
-from crossattention.checkpoints.rules import to_ours, to_theirs
+from crossattention.checkpoints.rules import to_ours
 from crossattention.models.perceiver import PerceiverIO
 
 transformers = pytest.importorskip("transformers")

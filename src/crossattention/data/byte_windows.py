@@ -1,7 +1,7 @@
 """Text as bytes in windows of one length, words of them masked: batches for a masked language model, never the text as a whole.
 
-What lives here: the vocabulary (256 bytes and six special ids), files strung together, which window stands at which step, which bytes
-of it are masked. What does not: which files there are (`text_folder`), models, scores.
+What lives here: the vocabulary (256 bytes and six special ids), files strung together, which window stands at which step, which
+bytes of it are masked. What does not: which files there are (`text_folder`), models, scores.
 Letters: z batch, m bytes in a window, q masked ones of them.
 """
 
@@ -140,9 +140,9 @@ class MaskedWindows:
     """All batches of a stream.
 
     Every epoch takes each byte of the stream once (the last window may overlap the first): it is cut into windows at a place that
-    differs from epoch to epoch, and the windows come in an order of their own. Of each window the same number of bytes is masked, in
-    whole words: a word is what stands between blanks, drawn words are masked until the number is reached, and of the last one only the
-    first bytes are; words over 16 bytes come in pieces of 16. Every masked byte becomes MASK.
+    differs from epoch to epoch, and the windows come in an order of their own. Of each window the same number of bytes is masked,
+    in whole words: a word is what stands between blanks, drawn words are masked until the number is reached, and of the last one
+    only the first bytes are; words over 16 bytes come in pieces of 16. Every masked byte becomes MASK.
 
     Args:
         stream: what is read.
@@ -156,10 +156,10 @@ class MaskedWindows:
     Raises:
         ValueError: a setting out of range, or a stream shorter than a window.
 
-    Cost: no memory beyond a batch, however long the stream: the order is computed, not stored. Per window one or more file reads and
-        some 50 us.
-    Source: Jaegle et al. 2022, arXiv:2107.14795, section 4.1: 15 % of the words, space-delimited; the order is a Feistel network (Black &
-        Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
+    Cost: no memory beyond a batch, however long the stream: the order is computed, not stored. Per window one or more file reads
+        and some 50 us.
+    Source: Jaegle et al. 2022, arXiv:2107.14795, section 4.1: 15 % of the words, space-delimited; the order is a Feistel network
+        (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class MaskedWindows:
             raise ValueError(f"expected a batch of at least 1 window, got {batch_size}")
         if len(stream) < length:
             raise ValueError(
-                f"expected at least one window of {length} bytes, got {len(stream)} with the files' ends; give more text, or a shorter "
-                "window (--length)"
+                f"expected at least one window of {length} bytes, got {len(stream)} with the files' ends; give more text, or a "
+                "shorter window (--length)"
             )
         self.stream = stream
         self.length = length
@@ -298,8 +298,8 @@ def mixed(number: int) -> int:
 def permuted(index: int, size: int, *, key: int) -> int:
     """The place of an index in a random order of 0 .. size - 1, without the order in memory.
 
-    A Feistel network of four rounds on the smallest even number of bits that holds `size`, applied until the result is below `size`:
-    a bijection for every key. Fewer than four applications are needed on average.
+    A Feistel network of four rounds on the smallest even number of bits that holds `size`, applied until the result is below
+    `size`: a bijection for every key. Fewer than four applications are needed on average.
 
     Example:
         >>> sorted(permuted(index, 5, key=7) for index in range(5))

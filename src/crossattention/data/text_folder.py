@@ -106,9 +106,9 @@ class TextFolder:
     def parts(self) -> dict[Part, tuple[int, ...]]:
         """The files in three parts by a hash of their names: no file stands in two of them.
 
-        2 % of all names are for validation, 8 % for test; where a part would be empty it takes the file that is nearest. A file keeps
-        its part whatever else the folder holds, unless it was taken so. Copies of a file under other names were left out; near-copies
-        (another edition of a text, a file with its licence changed) are not known as such and may stand in two parts.
+        2 % of all names are for validation, 8 % for test; where a part would be empty it takes the file that is nearest. A file
+        keeps its part whatever else the folder holds, unless it was taken so. Copies of a file under other names were left out;
+        near-copies (another edition of a text, a file with its licence changed) are not known as such and may stand in two parts.
 
         Returns:
             Part -> places in `files`, rising.
@@ -135,8 +135,8 @@ class TextFolder:
 
     def _changed(self, file: TextFile, how: str) -> str:
         return (
-            f"{printable(str(self.path))}: the file {file.label} has changed since the folder was listed: {how}; batches would not be "
-            "those of the run any more: put it back to go on, or begin a new run"
+            f"{printable(str(self.path))}: the file {file.label} has changed since the folder was listed: {how}; batches would not "
+            "be those of the run any more: put it back to go on, or begin a new run"
         )
 
     def _said_left_out(self) -> str:

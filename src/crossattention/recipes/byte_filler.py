@@ -28,19 +28,19 @@ WORD = re.compile(r"\b\w{3,12}\b", re.ASCII)
 _SHOWN_CHOICES = 5
 _NOTE = (
     "A row is a masked byte, a column a byte of the text. Shown is what the latents read of the text in the first cross-attention, "
-    "weighted by how much of each latent the masked byte's output query reads in the last one, each head of the decoder by itself and "
-    "the heads of the encoder as their mean. Between the two the latents read each other: what one latent hands to another is not in "
-    "this picture."
+    "weighted by how much of each latent the masked byte's output query reads in the last one: each head of the decoder by itself, "
+    "the heads of the encoder as their mean. Between the two the latents read each other, and what one latent hands to another is "
+    "not in this picture."
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a masked byte may be.
+    r"""What a masked byte may be.
 
     Args:
         position: place among the bytes of the text, from 0.
-        bytes: the most probable bytes as text, best first; bytes that are no characters by themselves as "\\x..".
+        bytes: the most probable bytes as text, best first; bytes that are no characters by themselves as \x and two digits.
         probabilities: of these.
     """
 
@@ -51,10 +51,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Filling:
-    """A text with its masked bytes filled in.
+    r"""A text with its masked bytes filled in.
 
     Args:
-        text: the whole text; bytes that are not UTF-8 as "\\x..".
+        text: the whole text; bytes that are not UTF-8 as \x and two digits.
         score: natural logarithm of the probability of these bytes, each by itself given the visible ones.
         filled: the bytes that were filled in, one after the other.
         choices: what each masked byte may be.
@@ -115,9 +115,8 @@ class ByteFiller:
             ValueError: at once: a number out of range; while iterating, after all texts before it: as `ids_of`.
         """
         if num_hypotheses < 1 or batch_size < 1:
-            raise ValueError(
-                f"expected num_hypotheses and batch_size of at least 1, got num_hypotheses={num_hypotheses}, batch_size={batch_size}"
-            )
+            given = f"num_hypotheses={num_hypotheses}, batch_size={batch_size}"
+            raise ValueError(f"expected num_hypotheses and batch_size of at least 1, got {given}")
         return self._predict_lazily(texts, num_hypotheses, batch_size)
 
     def _predict_lazily(self, texts: Iterable[str], num_hypotheses: int, batch_size: int) -> Iterator[list[Filling]]:
@@ -181,7 +180,7 @@ class ByteFiller:
         return np.concatenate([*pieces, encode(raw[end:])])
 
     def align(self, text: str, predicted: str | None = None) -> Alignment:
-        """The mean over the heads of `maps`, as a small map; `predicted` is not looked at, as the map is the same for all answers."""
+        """The mean over the heads of `maps`, as a small map, which is the same for all answers: `predicted` is not looked at."""
         ids = self.ids_of(text)
         weights = self.maps(ids).mean(0)
         rounded = [[round(weight, 4) for weight in row] for row in weights.tolist()]

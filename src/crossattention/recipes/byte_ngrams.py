@@ -1,7 +1,7 @@
 """What counting alone says of a masked byte: unigrams and n-grams, of what stands left of it and of what stands on both sides.
 
-What lives here: counts of a text and the probabilities made of them, exact and normalised, in bounded memory. What does not: which text,
-which bytes are masked (`data.byte_windows`), the model that is compared with these.
+What lives here: counts of a text and the probabilities made of them, exact and normalised, in bounded memory. What does not: which
+text, which bytes are masked (`data.byte_windows`), the model that is compared with these.
 
 A text is an array of bytes in which 0 stands for the end of a file: no file of text has a NUL byte.
 """
@@ -53,10 +53,10 @@ class ByteNGrams:
 
     P(x | context) = (count(context, x) + 8 types(context) P(x | shorter context)) / (count(context) + 8 types(context))
 
-    where count(context) is how often the context occurs, types(context) how many different bytes stand there, and the shortest context
-    is none, whose own shorter one is 1/256 for all. A context is what is known around the byte, at its distance: so a byte inside a
-    masked word is predicted of the bytes before the word, by counts of what stands that far behind them. As only words are masked, only
-    stretches without a blank are counted as standing there.
+    where count(context) is how often the context occurs, types(context) how many different bytes stand there, and the shortest
+    context is none, whose own shorter one is 1/256 for all. A context is what is known around the byte, at its distance: so a byte
+    inside a masked word is predicted of the bytes before the word, by counts of what stands that far behind them. As only words are
+    masked, only stretches without a blank are counted as standing there.
 
     Args:
         text: (length,) uint8, 0 for the end of a file.
@@ -65,8 +65,8 @@ class ByteNGrams:
         ValueError: an empty text, or more than `MOST_BYTES`.
 
     Cost: 10 bytes a byte of text, 17 while it is sorted: 560 MB for 32 MiB; some 4 s.
-    Source: Witten & Bell 1991, "The zero-frequency problem", method C, interpolated as in Chen & Goodman 1999; 8 where these have 1,
-        since contexts on two sides are sparse (dev/LOG.md).
+    Source: Witten & Bell 1991, "The zero-frequency problem", method C, interpolated as in Chen & Goodman 1999; 8 where these have
+        1, since contexts on two sides are sparse (dev/LOG.md).
 
     Example:
         >>> counts = ByteNGrams(np.frombuffer(b"abcabcabd", np.uint8))

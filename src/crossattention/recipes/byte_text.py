@@ -1,8 +1,8 @@
 """The recipe `bytes`: Perceiver IO fills masked bytes in, of any folder of text.
 
-What lives here: the settings, the task, the sizes of the default model and how its weights begin, the scores beside those of n-grams.
-What does not: reading folders (`data.text_folder`), windows and masks (`data.byte_windows`), counts (`byte_ngrams`), what a trained
-model answers and shows (`byte_filler`).
+What lives here: the settings, the task, the sizes of the default model and how its weights begin, the scores beside those of
+n-grams. What does not: reading folders (`data.text_folder`), windows and masks (`data.byte_windows`), counts (`byte_ngrams`), what
+a trained model answers and shows (`byte_filler`).
 
 As in the paper, 15 % of the bytes are masked, in whole words divided by blanks, each byte replaced by MASK, and only these are
 predicted: the decoder is asked one query for each masked byte and none for the others.
@@ -331,7 +331,8 @@ def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int |
     config = config_from_json(description["config"])
     if not isinstance(model, PerceiverIO) or model.config != config.perceiver:
         raise ValueError(
-            f"the parts of {path} do not belong together: task.json and config.json describe different models; take both from one run"
+            f"the parts of {path} do not belong together: task.json and config.json describe different models; take both from one "
+            "run"
         )
     return BytesRun(path, description["recipe"], description, step, ByteFiller(model, config.length))
 
@@ -369,17 +370,18 @@ def check_same(folder: TextFolder, description: Mapping[str, Any]) -> None:
         named += [f"{name} is new" for name in now if name not in then]
     shown = "; ".join(named[:5]) + (f"; and {len(named) - 5:,} more" if len(named) > 5 else "")
     raise ValueError(
-        f"{folder.path} is not as it was when the run was trained: {shown or 'files beyond those that the run lists differ'}. Other files "
-        "would be held out, and some that were trained on scored as unseen: put the files back to score"
+        f"{folder.path} is not as it was when the run was trained: {shown or 'files beyond those that the run lists differ'}. Other "
+        "files would be held out, and some that were trained on scored as unseen: put the files back to score"
     )
 
 
 @torch.no_grad()
 def begin_local(model: PerceiverIO) -> None:
-    """Begin with attention to what is near by: it is learned in minutes so, where a random beginning takes hours.
+    """Begin with attention to what is near by, so that which place is which need not be found by chance.
 
-    Positions, output queries and latents begin as sinusoids of the places 0 .. length - 1, the latents' evenly spread over the window,
-    and the two cross-attentions with the same projection for queries and keys, so that like places match. All of it is trained.
+    Positions, output queries and latents begin as sinusoids of the places 0 .. length - 1, the latents' evenly spread over the
+    window, and the two cross-attentions with the same projection for queries and keys, so that like places match. All of it is
+    trained.
 
     Source: the sinusoids are those of Vaswani et al. 2017, section 3.5, with wavelengths from 8 to twice the window.
     """
