@@ -370,7 +370,7 @@ def check_same(folder: TextFolder, description: Mapping[str, Any]) -> None:
         named += [f"{name} is new" for name in now if name not in then]
     shown = "; ".join(named[:5]) + (f"; and {len(named) - 5:,} more" if len(named) > 5 else "")
     raise ValueError(
-        f"{folder.path} is not as it was when the run was trained: {shown or 'files beyond those that the run lists differ'}. Other "
+        f"{folder.path} is not as it was when the run was trained: {shown or 'files that the run does not list differ'}. Other "
         "files would be held out, and some that were trained on scored as unseen: put the files back to score"
     )
 
