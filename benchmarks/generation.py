@@ -6,16 +6,19 @@ RUN is the folder of a run of `crossattention train g2p`. The words are held-out
 contenders have the same weights in float32 and read and write the same vocabulary. "ours" goes through `Run.predict`, as
 `crossattention predict` does with a flood of lines. torch.nn.Transformer runs the usual greedy loop without a cache, on the
 words sorted by length, in batches of `--batch`. CTranslate2 gets the weights through its own `TransformerSpec` and sorts by
-itself; its beam search divides by the length to a power of its own, so its answers may differ from ours. Calls run in turn in
-one process, in shuffled order; figures are medians.
+itself; its beam search divides by the length to a power of its own, so its answers may differ from ours. It waits in a process of
+its own, as its threads and torch's hinder each other in one. Calls run in turn, in shuffled order; figures are medians.
 """
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
 import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 
 import torch
 from machine import machine, print_machine, versions
@@ -63,10 +66,39 @@ def plain(run: Run, words: list[str], batch_size: int) -> Callable[[], Answers]:
     return call
 
 
-def ctranslate2_of(run: Run, words: list[str], beams: int, threads: int) -> Callable[[], Answers]:
+class InAProcess:
+    """A call made by a process of its own, which waits meanwhile: two OpenMP libraries in one process hinder each other."""
+
+    def __init__(self, maker: Callable[..., Callable[[], Answers]], *args: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, its_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(its_end, maker, args), daemon=True)
+        self._process.start()
+        self._pipe.recv()  # it is ready
+
+    def __call__(self) -> Answers:
+        """What the call there gives."""
+        self._pipe.send(None)
+        answers: Answers = self._pipe.recv()
+        return answers
+
+
+def _serve(pipe: Connection, maker: Callable[..., Callable[[], Answers]], args: tuple[object, ...]) -> None:
+    call = maker(*args)
+    pipe.send(None)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        pipe.send(call())
+
+
+def ctranslate2_of(folder: str, words: list[str], beams: int, threads: int) -> Callable[[], Answers]:
     """CTranslate2 with the run's weights; tokens are our ids, written out."""
     import ctranslate2
 
+    run = load_run(folder)
     translator = run.translator
     with tempfile.TemporaryDirectory() as folder:
         ctranslate2_spec(run.model).save(folder)
@@ -145,11 +177,11 @@ def contenders(run: Run, words: list[str], given: argparse.Namespace) -> dict[st
         f"ours, beam {BEAMS}": ours(run, words, BEAMS),
         f"{PLAIN}, greedy, no cache": plain(run, words, given.batch),
     }
-    try:
-        calls["CTranslate2, greedy"] = ctranslate2_of(run, words, 1, given.threads)
-        calls[f"CTranslate2, beam {BEAMS}"] = ctranslate2_of(run, words, BEAMS, given.threads)
-    except ImportError:
+    if importlib.util.find_spec("ctranslate2") is None:
         print("left out: CTranslate2; pip install ctranslate2")
+        return calls
+    calls["CTranslate2, greedy"] = InAProcess(ctranslate2_of, given.run, words, 1, given.threads)
+    calls[f"CTranslate2, beam {BEAMS}"] = InAProcess(ctranslate2_of, given.run, words, BEAMS, given.threads)
     return calls
 
 

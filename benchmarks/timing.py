@@ -36,8 +36,10 @@ class Timing:
         return cls(quartiles[1], quartiles[0], quartiles[2], len(seconds))
 
 
-def seconds_of(call: Callable[[], object], *, times: int = 1, device: str = "cpu") -> float:
-    """Mean seconds of `times` calls in a row; on CUDA until the device has finished them."""
+def seconds_of(
+    call: Callable[[], object], *, times: int = 1, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Mean seconds of `times` calls in a row, by a clock; on CUDA until the device has finished them, by its own."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -47,10 +49,10 @@ def seconds_of(call: Callable[[], object], *, times: int = 1, device: str = "cpu
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / times
-    begun = time.perf_counter()
+    begun = clock()
     for _ in range(times):
         call()
-    return (time.perf_counter() - begun) / times
+    return (clock() - begun) / times
 
 
 def interleaved(
@@ -60,6 +62,7 @@ def interleaved(
     rounds: int = 5,
     warmup: int = 2,
     device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time calls in turn.
 
@@ -69,6 +72,7 @@ def interleaved(
         rounds: rounds that are timed even where the budget is spent.
         warmup: rounds before, at least one; they also say how often a short call is repeated within its turn.
         device: "cpu" or "cuda".
+        clock: what tells seconds on a CPU; `time.process_time` leaves out what else the machine does, on one thread.
 
     Returns:
         The timing of each call.
@@ -85,7 +89,7 @@ def interleaved(
         # In a fixed or rotated order each call would always follow the same one, and meet what it left in the caches.
         rng.shuffle(names)
         for name in names:
-            taken = seconds_of(calls[name], times=times[name], device=device)
+            taken = seconds_of(calls[name], times=times[name], device=device, clock=clock)
             if round_ < warmup:
                 times[name] = max(1, math.ceil(SHORTEST_SECONDS / max(taken, 1e-9)))
             else:

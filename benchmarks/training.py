@@ -59,14 +59,14 @@ class Setting:
         return sum(batch.num_tokens for batch in self.batches)
 
 
-def plain_loop(setting: Setting, *, only_our_dropout: bool = False) -> Callable[[], None]:
+def plain_loop(setting: Setting, *, only_our_dropout: bool = False, batches: list[PairBatch] | None = None) -> Callable[[], None]:
     """Steps through all batches as a tutorial writes them."""
     model = PlainTransformer(setting.task.build_model().config, only_our_dropout=only_our_dropout).to(setting.device).train()
     training = default_training()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=training.betas, weight_decay=training.weight_decay)
 
     def run() -> None:
-        for batch in setting.batches:
+        for batch in setting.batches if batches is None else batches:
             logits = model(batch.source_ids, batch.target_ids, batch.source_mask)
             loss = F.cross_entropy(
                 logits.flatten(0, 1), batch.labels.flatten(), ignore_index=PAD, label_smoothing=setting.smoothing
@@ -178,6 +178,7 @@ def contenders(setting: Setting, out: str, given: argparse.Namespace) -> dict[st
     makers: dict[str, Callable[[], Callable[[], None]]] = {
         PLAIN: lambda: plain_loop(setting),
         f"{PLAIN}, dropout where ours is": lambda: plain_loop(setting, only_our_dropout=True),
+        f"{PLAIN}, batches not by length": lambda: plain_loop(setting, batches=loose),
         "train()": lambda: our_loop(setting, out, given.threads),
         "our step": lambda: our_step(setting),
         "- torch's dropout": lambda: our_step(setting, torch_dropout=True),
@@ -190,8 +191,8 @@ def contenders(setting: Setting, out: str, given: argparse.Namespace) -> dict[st
     }
     left_out = {"- compiled"} - set(given.only) if not given.compile else set()
     wanted = [name for name in makers if name not in left_out and (not given.only or name in {PLAIN, *given.only})]
-    tokens = {"- batches not by length": sum(batch.num_tokens for batch in loose)}
-    return {name: (makers[name](), tokens.get(name, setting.num_tokens)) for name in wanted}
+    in_loose = sum(batch.num_tokens for batch in loose)
+    return {name: (makers[name](), in_loose if "not by length" in name else setting.num_tokens) for name in wanted}
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, object]]:

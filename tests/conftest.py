@@ -17,12 +17,18 @@ import pytest
 import torch
 
 from chromium import NAMES, Chromium, chromium
+from crossattention.plan import devices
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of interruption need it to arrive.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Tests run in two processes (`-n 2` in pyproject.toml; `-n 0` for a debugger), each with one thread.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+# Which plan is quickest depends on the processor. Here they are all chosen for one, so that a test means the same on every machine.
+PROCESSOR = devices.Processor("AuthenticAMD", 25, frozenset({"avx512f", "avx512_bf16"}))
+devices.processor = lambda: PROCESSOR
 
 # One example may compile a kernel or wait for a busy machine, so a deadline would only measure the machine.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=50)

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from crossattention.models.pretrained import bundled
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cross_attention.md"
 DRAWINGS = ROOT / "docs" / "images" / "cross_attention"
@@ -75,7 +77,19 @@ def test_the_notebook_was_run_from_top_to_bottom() -> None:
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     kinds = {(output["output_type"], output.get("name")) for cell in cells for output in cell["outputs"]}
-    assert kinds == {("stream", "stdout")}
+    assert kinds == {("stream", "stdout"), ("display_data", None)}
+
+
+def test_the_notebook_runs_on_the_weights_inside_the_package() -> None:
+    code = "".join(line for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] for line in cell["source"])
+    [name] = re.findall(r"load_run\(\"(.+)\"\)", code)
+    assert name in bundled() and "crossattention.training" not in code
+
+
+def words_of(cell: dict) -> list[str]:
+    """What a cell printed, without numbers and shades: the last digit of these may depend on the processor."""
+    printed = "".join(output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
+    return re.findall(r"[^\W\d_]+", printed)
 
 
 def run_notebook(notebook: dict, folder: Path) -> None:
@@ -89,8 +103,13 @@ def run_notebook(notebook: dict, folder: Path) -> None:
 def test_the_notebook_runs(tmp_path: Path) -> None:
     import nbformat
 
-    run_notebook(nbformat.read(NOTEBOOK, as_version=4), tmp_path)
+    stored, run = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
+    run_notebook(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    pairs = [pair for pair in zip(stored.cells, run.cells, strict=True) if pair[0].cell_type == "code"]
+    for before, after in pairs[:-1]:  # the last cell shows plans, which are of the machine
+        assert words_of(after) == words_of(before)
+    assert sum(len(words_of(after)) for _, after in pairs) > 100
 
 
 @pytest.mark.slow

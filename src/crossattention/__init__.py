@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from crossattention.attention import PreparedContext as PreparedContext
     from crossattention.attention import SelfAttention as SelfAttention
     from crossattention.interop import record_attention as record_attention
+    from crossattention.layers import AttentionPool as AttentionPool
+    from crossattention.layers import CrossAttentionBlock as CrossAttentionBlock
+    from crossattention.layers import Resampler as Resampler
     from crossattention.maps import attention_map as attention_map
     from crossattention.models import load as load
     from crossattention.plan import Plan as Plan
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOM_OF = {
+    "AttentionPool": "layers",
     "CrossAttention": "attention",
+    "CrossAttentionBlock": "layers",
     "KeyValueCache": "attention",
     "MemoryAttention": "attention",
     "PreparedContext": "attention",
+    "Resampler": "layers",
     "SelfAttention": "attention",
     "attention_map": "maps",
     "load": "models",

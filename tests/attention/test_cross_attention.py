@@ -13,6 +13,7 @@ from torch import nn
 
 from crossattention import CrossAttention, Plan, PlanError, SelfAttention
 from crossattention.attention import PreparedContext, execute
+from crossattention.layers import Rotary
 from crossattention.plan import ALL_PLANS, CANDIDATES, TEXTBOOK
 from crossattention.plan.blocks import NARROW_ROW
 from oracle import MASKS, A, B, H, K, M, N, O, V, Z, gradients, make_inputs, make_layer, make_masks, specification
@@ -357,6 +358,71 @@ def test_a_selected_prepared_context_is_that_of_the_selected_items():
         rows = torch.tensor([1, 0, 1])
         selected = layer.prepare(b, context_mask=mask).select(rows)
         assert_close(layer.attend(a[rows], selected), layer(a, b, context_mask=mask)[rows])
+
+
+EXTENDED = ((4, 3, ()), (7, 2, (0, 1)), (5, 1, (0,)), (3, 6, (1,)), (0, 4, (0, 1)), (4, 0, ()))
+"""Lengths of both parts, and which of them has a mask."""
+
+
+def assert_extends(plan, first, more, masked):
+    layer = make_layer(plan, kv_heads=2)
+    a, b = make_inputs(m=first + more)
+    masks = [torch.rand(Z, m) > 0.4 if part in masked else None for part, m in enumerate((first, more))]
+    prepared = layer.prepare(b[:, :first], context_mask=masks[0])
+    before = prepared.keys.clone()
+    extended = layer.extend(prepared, b[:, first:], context_mask=masks[1])
+    whole = [torch.ones(Z, m, dtype=bool) if mask is None else mask for mask, m in zip(masks, (first, more), strict=True)]
+    out, (wanted, _) = layer.attend(a, extended), specification(layer, a, b, context_mask=torch.cat(whole, 1))
+    assert_close(out, wanted)
+    inputs = [a, b, layer.k_proj.weight, layer.v_proj.weight]
+    for found, expected in zip(gradients(out, inputs), gradients(wanted, inputs), strict=True):
+        assert_close(found, expected)
+    assert torch.equal(prepared.keys, before) and prepared.context_length == first
+    assert (extended.mask is None) == (not masked) and extended.context_length == first + more
+
+
+def test_an_extended_prepared_context_is_that_of_both_parts_end_to_end():
+    for plan, case in zip(ALL_PLANS, itertools.cycle(EXTENDED)):
+        assert_extends(plan, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", CANDIDATES, ids=named)
+def test_every_plan_extends_by_any_length_and_mask(plan):
+    for case in EXTENDED:
+        assert_extends(plan, *case)
+
+
+def test_positions_of_an_extended_context_go_on_where_the_first_part_ends():
+    layer = CrossAttention(12, 10, heads=3, positions=Rotary(), dtype=torch.float64)
+    a, b = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 7, 10, dtype=torch.float64)
+    assert_close(layer.attend(a, layer.extend(layer.prepare(b[:, :4]), b[:, 4:])), layer(a, b))
+    each = torch.randint(0, 9, (2, 7))
+    parts = layer.prepare(b[:, :4], context_positions=each[:, :4])
+    given = layer.extend(parts, b[:, 4:], context_positions=each[:, 4:])
+    assert_close(layer.attend(a, given), layer(a, b, context_positions=each))
+    mixed = layer.extend(parts, b[:, 4:], context_positions=torch.tensor([3, 1, 8]))
+    wanted = torch.cat((each[:, :4], torch.tensor([[3, 1, 8]] * 2)), 1)
+    assert_close(layer.attend(a, mixed), layer(a, b, context_positions=wanted))
+
+
+def test_what_cannot_be_extended_is_refused():
+    layer, other = make_layer(), make_layer()
+    b = torch.randn(Z, M, B, dtype=torch.float64)
+    prepared = layer.prepare(b)
+    assert "made by another layer" in error_of(lambda: other.extend(prepared, b))
+    assert f"has batch 1 but the prepared context has batch {Z}" in error_of(lambda: layer.extend(prepared, b[:1]))
+    assert f"context has width {A} but" in error_of(lambda: layer.extend(prepared, b[..., :A]))
+    assert f"(batch, length, {B}), got shape ({M}, {B})" in error_of(lambda: layer.extend(prepared, b[0]))
+    with pytest.raises(TypeError, match="extend expects what this layer's prepare returned, got Tensor"):
+        layer.extend(b, b)
+    with torch.no_grad():
+        layer.v_proj.weight.mul_(2)
+    assert "out of date: v_proj.weight changed" in error_of(lambda: layer.extend(prepared, b))
+    extended = layer.extend(layer.prepare(b), b)
+    with torch.no_grad():
+        layer.k_proj.bias.add_(1)
+    assert "out of date: k_proj.bias changed" in error_of(lambda: layer.attend(torch.randn(Z, N, A, dtype=torch.float64), extended))
 
 
 # ------------------------------------------------------------------------------------- what must always hold

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossattention.checkpoints.rules import Filled, Ignored, Rules, fit, fused, joined, rename, to_ours, to_theirs, under
+from crossattention.checkpoints.rules import Absent, Filled, Ignored, Rules, fit, fused, joined, rename, to_ours, to_theirs, under
 
 LAYERS = 2
 
@@ -124,6 +124,23 @@ def test_a_tied_tensor_that_is_in_the_file_twice_must_be_equal() -> None:
     theirs["lm_head.weight"] = torch.zeros(12, 5)
     with pytest.raises(ValueError, match=r"misshapen: lm_head.weight is \(12, 5\), the model's is \(11, 5\)"):
         to_ours(theirs, rules(), wanted())
+
+
+def test_a_tensor_that_a_file_may_lack_is_what_the_reason_says() -> None:
+    theirs = to_theirs(ours(), rules())
+    for number in range(LAYERS):
+        del theirs[f"bert.layer.{number}.attn.qkv.bias"]
+    with pytest.raises(ValueError, match=r"missing: bert.layer.0.attn.qkv.bias \(6,\)"):
+        fit(theirs, rules(), wanted())
+    lenient = replace_absent(rules(), Absent("bert.layer.*.attn.qkv.bias", "older ones have none"))
+    found = fit(theirs, lenient, wanted())
+    assert list(found.absent) == ["bert.layer.0.attn.qkv.bias", "bert.layer.1.attn.qkv.bias"]
+    assert torch.equal(dict(found.tensors())["layers.1.k.bias"], torch.zeros(2))
+
+
+def replace_absent(rules: Rules, *absent: Absent) -> Rules:
+    object.__setattr__(rules, "absent", absent)
+    return rules
 
 
 def test_old_names_are_read() -> None:

@@ -246,7 +246,7 @@ MODES: list[dict[str, Any]] = [
         *(pytest.param(bart, mode, marks=pytest.mark.slow) for mode in MODES[1:]),
         *(pytest.param(make, mode, marks=pytest.mark.slow) for make in (t5, bert, marian) for mode in MODES[:2]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_generation_is_merged_along_the_beams_that_it_returns(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
     model = ending(make().eval())

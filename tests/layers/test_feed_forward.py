@@ -14,6 +14,7 @@ from tolerances import assert_close
     [
         ("relu", lambda x: x.clamp(min=0)),
         ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+        ("silu", lambda x: x / (1 + torch.exp(-x))),
         (nn.Tanh(), torch.tanh),
     ],
 )
@@ -44,7 +45,7 @@ def test_dropout_acts_on_the_hidden_units_in_training_only() -> None:
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"hidden_dim": -3}, "hidden_dim must be at least 1, got -3"),
         ({"out_dim": 0}, "out_dim must be at least 1, got 0"),
-        ({"activation": "swish"}, "activation must be one of relu, gelu or a module, got 'swish'"),
+        ({"activation": "swish"}, "activation must be one of relu, gelu, silu or a module, got 'swish'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )

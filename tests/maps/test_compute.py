@@ -61,7 +61,7 @@ def test_bad_calls_are_refused():
     a, b = make_inputs()
     with pytest.raises(ValueError, match="context_mask belongs to the prepared context"):
         attention_map(layer, a, layer.prepare(b), context_mask=torch.ones(Z, M, dtype=torch.bool))
-    with pytest.raises(TypeError, match="expects a CrossAttention, got Linear"):
+    with pytest.raises(TypeError, match="expects a CrossAttention, or a part around one, got Linear"):
         attention_map(nn.Linear(A, B), a, b)
     with pytest.raises(ValueError, match="context has width 3"):
         attention_map(layer, a, torch.randn(Z, M, 3, dtype=torch.float64))

@@ -450,9 +450,9 @@ def test_bad_calls_are_refused_as_the_layer_refuses_them():
         attention_map(layer, a, prepared, asked)
 
 
-@pytest.mark.parametrize("columns", [1, 4, 64])
-def test_the_largest_are_exact_and_of_equal_ones_the_first(monkeypatch, columns):
-    monkeypatch.setattr(top, "COLUMNS", columns)
+@pytest.mark.parametrize("worth", [1, 5, 32])
+def test_the_largest_are_exact_and_of_equal_ones_the_first(monkeypatch, worth):
+    monkeypatch.setattr(top, "WORTH_BLOCKS", worth)
     for m in (1, 8, 9, 130, 1000, 1030):
         for rows in (
             torch.rand(3, 4, m),

@@ -25,6 +25,7 @@ VARIANTS = {
     "paper": TINY,
     "pre": replace(TINY, norm="pre"),
     "learned": replace(TINY, positions="learned", activation="gelu"),
+    "bias": replace(TINY, activation="silu", output_bias=True),
     "tied": replace(TINY, source_vocab_size=23, tied="all"),
     "untied": replace(TINY, tied="none", norm="pre", positions="learned"),
 }
@@ -448,7 +449,7 @@ def test_the_loss_refuses(labels: Tensor, keywords: dict, message: str) -> None:
         ({"dim": 9}, "even dim, got dim=9"),
         ({"norm": "sandwich"}, "norm must be one of post, pre, got 'sandwich'"),
         ({"positions": "rotary"}, "positions must be one of sinusoidal, learned, got 'rotary'"),
-        ({"activation": "silu"}, "activation must be one of relu, gelu, got 'silu'"),
+        ({"activation": "swish"}, "activation must be one of relu, gelu, silu, got 'swish'"),
         ({"tied": True}, "tied must be one of all, target, none, got True"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.5}, "attention_dropout must be in .0, 1., got -0.5"),

@@ -1,25 +1,24 @@
 """The whole Transformer against Hugging Face's Marian, a post-norm model of another code base, from a tiny random config.
 
-Marian puts all sines before all cosines. That is the paper's encoding with its channels permuted, so the same model comes out once
-every weight that reads or writes the model's width has its channels permuted alike.
+The weights come through `checkpoints.transformer_marian`, which says how Marian's channels are ordered.
 """
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from crossattention.checkpoints import transformer_marian
+from crossattention.checkpoints.rules import to_ours
 from crossattention.models.generate import beam_search, greedy
-from crossattention.models.transformer import Transformer, TransformerConfig
+from crossattention.models.transformer import Transformer
 from tolerances import assert_close
 
 transformers = pytest.importorskip("transformers")
 
 PAD, BEGIN, END, VOCAB, DIM = 0, 1, 2, 17, 24
-# Our channel 2i is their sine i, our channel 2i + 1 their cosine i.
-PERMUTATION = torch.arange(DIM).view(2, DIM // 2).T.flatten()
 
 
-@pytest.fixture(scope="module", params=["relu", "gelu"])
+@pytest.fixture(scope="module", params=["relu", "gelu", "swish"])
 def models(request: pytest.FixtureRequest) -> tuple[Transformer, nn.Module]:
     torch.manual_seed(36)  # a model whose targets end before the limit
     theirs = transformers.MarianMTModel(
@@ -54,46 +53,12 @@ def models(request: pytest.FixtureRequest) -> tuple[Transformer, nn.Module]:
             exact = torch.cat((angle.sin(), angle.cos()), 1)
             torch.testing.assert_close(stack.embed_positions.weight, exact, atol=1e-6, rtol=0)
             stack.embed_positions.weight.copy_(exact)
-    config = TransformerConfig(
-        VOCAB,
-        VOCAB,
-        dim=DIM,
-        heads=4,
-        encoder_layers=2,
-        decoder_layers=3,
-        feed_forward_dim=40,
-        activation=request.param,
-        tied="all",
-        pad_id=PAD,
-        begin_id=BEGIN,
-        end_id=END,
-    )
+        # A buffer that real translators fill.
+        theirs.final_logits_bias.copy_(0.5 * torch.randn(1, VOCAB))
+    config = transformer_marian.config_to_ours(theirs.config.to_dict())
     ours = Transformer(config, dtype=torch.float64).eval()
-    ours.load_state_dict(converted(theirs))
+    ours.load_state_dict(to_ours(theirs.state_dict(), transformer_marian.rules(config), ours.state_dict()))
     return ours, theirs
-
-
-def converted(theirs: nn.Module) -> dict[str, Tensor]:
-    """Marian's weights under our names, channels of the model's width permuted."""
-    names = {
-        "self_attn.": "self_attention.",
-        "encoder_attn.": "cross_attention.",
-        "self_attn_layer_norm.": "self_attention_residual.norm.",
-        "encoder_attn_layer_norm.": "cross_attention_residual.norm.",
-        "final_layer_norm.": "feed_forward_residual.norm.",
-        "fc1.": "feed_forward.up_proj.",
-        "fc2.": "feed_forward.down_proj.",
-    }
-    weights = {"target_embedding.weight": theirs.model.shared.weight[:, PERMUTATION]}
-    for stack in ("encoder", "decoder"):
-        for name, tensor in getattr(theirs.model, stack).layers.state_dict().items():
-            number, rest = name.split(".", 1)
-            theirs_prefix = next(prefix for prefix in names if rest.startswith(prefix))
-            writes = "out_proj" in rest or "fc2" in rest or "norm" in rest
-            reads = tensor.dim() == 2 and not writes
-            tensor = tensor[PERMUTATION] if writes else tensor[:, PERMUTATION] if reads else tensor
-            weights[f"{stack}.layers.{number}.{names[theirs_prefix]}{rest.removeprefix(theirs_prefix)}"] = tensor
-    return weights
 
 
 def sources() -> tuple[Tensor, Tensor]:
@@ -114,7 +79,7 @@ def test_logits_and_states_are_marians(models: tuple[Transformer, nn.Module]) ->
         decoder_attention_mask=target_mask.long(),
     )
     states = ours.encode(source, mask)
-    assert_close(states[mask], wanted.encoder_last_hidden_state[..., PERMUTATION][mask])
+    assert_close(states[mask], transformer_marian.interleaved(wanted.encoder_last_hidden_state, 2)[mask])
     assert_close(ours(source, target, mask, target_mask), wanted.logits)
     assert_close(ours.decode(target, ours.prepare(states, mask), target_mask), wanted.logits)
 

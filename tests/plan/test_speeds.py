@@ -167,6 +167,7 @@ AVX512 = frozenset({"avx512f", "avx512_bf16"})
         (("AuthenticAMD", 25, AVX512), "zen4", True, True),
         (("AuthenticAMD", 26, AVX512), "zen5", True, True),
         (("AuthenticAMD", 25, frozenset({"avx2"})), "avx2", True, True),
+        (("GenuineIntel", 6, AVX512 | {"amx_bf16"}), "amx", False, True),
         (("GenuineIntel", 6, AVX512), "zen5", False, False),
         (("GenuineIntel", 6, frozenset({"avx2"})), "avx2", False, False),
         (("", 0, frozenset()), "avx2", False, False),

@@ -37,6 +37,7 @@ def coefficients(translator, source, target):
 def test_the_keys_are_those_with_the_largest_coefficients(translator):
     view = feed_forward_view(translator, "abc", "C B A", [])
     assert view.tokens.tokens == ("C", "B", "A")
+    assert all(layer.agreement is None and layer.num_triggered is None for layer in view.layers)
     for layer, expected in zip(view.layers, coefficients(translator, "abc", "C B A"), strict=True):
         best = expected.topk(8, dim=1)
         assert torch.allclose(torch.tensor(layer.coefficients), best.values, atol=1e-6)
@@ -70,6 +71,16 @@ def test_the_texts_of_a_key_are_those_on_which_it_fires_most(translator):
                 number = [source for source, _ in PAIRS].index(one.source)
                 assert one.tokens == tuple(PAIRS[number][1].split())
                 assert one.at == peaks[number][index].indices[key]
+        values = translator.model.decoder.layers[index].feed_forward.down_proj.weight
+        table = translator.model.target_embedding.weight if translator.model.out_proj is None else translator.model.out_proj.weight
+        strengths = torch.stack([peak[index].values for peak in peaks])
+        fired = [key for key in range(24) if strengths[:, key].max() > 0]
+        agrees = 0
+        for key in fired:
+            best = int(strengths[:, key].argmax())
+            follows = translator.target.encode(PAIRS[best][1])[int(peaks[best][index].indices[key])]
+            agrees += follows == int((table @ values[:, key]).argmax())
+        assert layer.num_triggered == len(fired) and layer.agreement == pytest.approx(agrees / len(fired))
     assert told == [(done, 4) for done in (1, 2, 3, 4)]
 
 

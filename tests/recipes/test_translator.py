@@ -116,8 +116,8 @@ def test_the_map_of_nothing_predicted_is_empty(translator):
 
 def test_sources_are_computed_together_by_length_count_and_symbols():
     assert _count_together([3]) == 1
-    assert _count_together([2] * 100 + [3] * 50) == 100  # enough of one length
-    assert _count_together([1] * 10 + [2] * 20 + [3] * 50 + [4]) == 80
-    assert _count_together([2] * 63 + [5]) == 64  # too few to stay among themselves
+    assert _count_together([2] * 200 + [3] * 50) == 200  # enough of one length
+    assert _count_together([1] * 100 + [2] * 50 + [3] * 50 + [4]) == 200
+    assert _count_together([2] * 191 + [5]) == 192  # too few to stay among themselves
     assert _count_together([1 << 14, 1 << 14, 1 << 14]) == 2
     assert _count_together([1 << 20, 1 << 20]) == 1

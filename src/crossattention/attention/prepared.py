@@ -86,10 +86,21 @@ class Stamp:
         now = {name: fingerprint(tensor) for name, tensor in named}
         return [name for name, then in zip(self.names, self.prints, strict=True) if now.get(name) != then]
 
-    def without(self, name: str) -> Stamp:
-        """The stamp with one name left out."""
-        kept = [(n, p) for n, p in zip(self.names, self.prints, strict=True) if n != name]
+    def without(self, *names: str) -> Stamp:
+        """The stamp with some names left out."""
+        kept = [(n, p) for n, p in zip(self.names, self.prints, strict=True) if n not in names]
         return Stamp(self.owner, tuple(n for n, _ in kept), tuple(p for _, p in kept))
+
+    def followed_by(self, tensors: Iterable[tuple[str, Tensor]]) -> Stamp:
+        """The stamp with more named tensors, for a part that makes something of B before the layer does."""
+        assert self.owner is not None
+        more = Stamp.of(self.owner, tensors)
+        return Stamp(self.owner, self.names + more.names, self.prints + more.prints)
+
+    def changed_among(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Names of these tensors that are not what they were, or that the stamp does not know."""
+        then = dict(zip(self.names, self.prints, strict=True))
+        return [name for name, tensor in tensors if then.get(name) != fingerprint(tensor)]
 
 
 UNCHECKED = Stamp(None)
@@ -174,6 +185,49 @@ class PreparedContext:
             positions=positions,
             stamp=self.stamp.without(KEPT_CONTEXT),
         )
+
+    def followed_by(self, more: PreparedContext) -> PreparedContext:
+        """The prepared context of two contexts end to end; `CrossAttention.extend` is the public way here.
+
+        Args:
+            more: what the same layer made of the second by the same plan.
+
+        Cost: one copy of what both keep.
+        """
+        keys = torch.cat((self.keys, more.keys), 2)
+        key_bias = None
+        if self.key_bias is not None and more.key_bias is not None:
+            key_bias = torch.cat((self.key_bias, more.key_bias), 2)
+        return replace(
+            self,
+            keys=keys,
+            values=keys if self.values is self.keys else torch.cat((self.values, more.values), 2),
+            key_bias=key_bias,
+            mask=_joined_masks(self, more),
+            positions=_joined_positions(self.positions, more.positions),
+            stamp=self.stamp.without(KEPT_CONTEXT),
+        )
+
+
+def _joined_masks(first: PreparedContext, second: PreparedContext) -> Tensor | None:
+    """The masks of both end to end; None where every position of both may be attended."""
+    if first.mask is None and second.mask is None:
+        return None
+    masks = (
+        part.keys.new_ones(part.batch, part.context_length, dtype=torch.bool) if part.mask is None else part.mask
+        for part in (first, second)
+    )
+    return torch.cat(tuple(masks), 1)
+
+
+def _joined_positions(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The positions of both end to end, (m,) or (z, m); None without a position part."""
+    if first is None or second is None:
+        return None
+    if first.dim() != second.dim():
+        batch = (first if first.dim() == 2 else second).shape[0]
+        first, second = (p if p.dim() == 2 else p.expand(batch, -1) for p in (first, second))
+    return torch.cat((first, second), -1)
 
 
 @dataclass(frozen=True, repr=False)

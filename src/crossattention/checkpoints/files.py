@@ -82,7 +82,7 @@ def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu", ve
         ValueError: the file is cut short, altered, or no safetensors file; the message names it and what is wrong.
     """
     path = Path(path)
-    _check_layout(path)
+    check_layout(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -103,7 +103,7 @@ def read_safetensors(path: str | Path, *, device: str | torch.device = "cpu", ve
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The strings in a safetensors file's header, without this module's own (see `write_safetensors`)."""
-    _check_layout(Path(path))
+    check_layout(Path(path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     return {key: value for key, value in metadata.items() if key not in (_FORMAT, _ALIASES, _DIGEST)}
@@ -122,8 +122,12 @@ def write_json(path: str | Path, value: object) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, *, refuse_repeated: bool = False) -> Any:
     """Read a JSON file, or say what is wrong with it.
+
+    Args:
+        path: the file.
+        refuse_repeated: refuse an object that holds a key twice, where otherwise the last one counts.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,7 +136,11 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
     data = path.read_bytes()
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_each_key_once if refuse_repeated else None)
+    except RepeatedKeyError as error:
+        raise ValueError(f"{path} names {error} twice; each name must stand once") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged or no JSON of a model: it is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged or no JSON: byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -250,8 +258,17 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_layout(path: Path) -> None:
-    """Compare the file's length with what its header promises: says more than the library's error does."""
+def check_layout(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Compare a safetensors file's length with what its header promises: says more than the library's error does.
+
+    Returns:
+        Name -> dtype, shape and data_offsets of each tensor, as in the header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: cut short, lengthened, or no safetensors file; a name that is there twice.
+    """
+    path = Path(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -262,16 +279,34 @@ def _check_layout(path: Path) -> None:
                 f"({8 + length if len(start) == 8 else 8:,}); it was cut short, or it is something else"
             )
         try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_each_key_once)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            promised = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+            is_formed = all(isinstance(e["dtype"], str) and all(type(n) is int for n in e["shape"]) for e in entries.values())
+        except RepeatedKeyError as error:
+            raise ValueError(f"{path} is damaged: its header names {error} twice") from error
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file: its header cannot be read") from error
-    promised = 8 + length + max(ends, default=0)
+    if not is_formed:
+        raise ValueError(f"{path} is damaged or no safetensors file: its header gives a tensor no dtype or shape")
     if size != promised:
         fault = "it was cut short" if size < promised else "something was added to it"
         raise ValueError(
             f"{path} is damaged: it holds {size:,} bytes, but its header promises {promised:,}; {fault}. Use another copy"
         )
+    return entries
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object holds a key twice; readers differ in which of them they take."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return made
 
 
 def _flush_file(path: Path) -> None:

@@ -63,12 +63,14 @@ class Ignored:
         reason: one sentence, shown to the user.
         value: makes the tensor that it must be for the reason to hold; a file that holds another one is refused. None: any.
         is_written: write `value()` when converting to theirs, because their library asks for it.
+        tolerance: how far from `value()` the tensor may be, relatively and absolutely; more where its dtype is coarser.
     """
 
     theirs: str
     reason: str
     value: Callable[[], Tensor] | None = None
     is_written: bool = False
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
@@ -94,6 +96,25 @@ class Filled:
     def __post_init__(self) -> None:
         if not self.reason.strip():
             raise ValueError(f"{self.ours} is filled in without a reason; write one")
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A tensor of theirs that a rule names and a file may lack, and what it then is.
+
+    Args:
+        theirs: pattern of the name.
+        reason: one sentence, shown to the user.
+        value: a meta tensor of the right shape and dtype -> the tensor.
+    """
+
+    theirs: str
+    reason: str
+    value: Callable[[Tensor], Tensor] = lambda like: torch.zeros(like.shape, dtype=like.dtype)
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise ValueError(f"{self.theirs} may be absent without a reason; write one")
 
 
 def rename(
@@ -159,6 +180,7 @@ class Rules:
         groups: what `rename`, `fused`, `joined` and `under` return. Every tensor of ours is in exactly one.
         ignored: tensors of theirs without a counterpart.
         filled: tensors of ours without a counterpart.
+        absent: tensors of theirs that a rule names and a file may lack.
         tied: (name, first): in theirs `name` is the same tensor as `first`, which a rule names. A file may have either or both;
             where it has both, they must be equal. Both are written.
         tied_ours: (name, first): the same on our side.
@@ -170,6 +192,7 @@ class Rules:
     groups: tuple[Rule, ...]
     ignored: tuple[Ignored, ...] = ()
     filled: tuple[Filled, ...] = ()
+    absent: tuple[Absent, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     tied_ours: tuple[tuple[str, str], ...] = ()
     old_names: tuple[tuple[str, str], ...] = ()
@@ -181,6 +204,7 @@ class Rules:
         *groups: Iterable[Rule],
         ignored: Iterable[Ignored] = (),
         filled: Iterable[Filled] = (),
+        absent: Iterable[Absent] = (),
         tied: Iterable[tuple[str, str]] = (),
         tied_ours: Iterable[tuple[str, str]] = (),
         old_names: Iterable[tuple[str, str]] = (),
@@ -191,6 +215,7 @@ class Rules:
             "groups": tuple(rule for group in groups for rule in group),
             "ignored": tuple(ignored),
             "filled": tuple(filled),
+            "absent": tuple(absent),
             "tied": tuple(tied),
             "tied_ours": tuple(tied_ours),
             "old_names": tuple(old_names),
@@ -219,6 +244,7 @@ class Fit:
         ignored: name in the file -> why it is not used.
         filled: our name -> why the file has none.
         tied: name in the file -> the other name in the file of what must be the same tensor.
+        absent: their name that the file lacks -> the rule that says what it then is.
     """
 
     source: str | Path
@@ -230,6 +256,8 @@ class Fit:
     ignored: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, Absent] = field(default_factory=dict)
+    absent_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, each made when it is asked for; what must have a certain value is checked first.
@@ -244,28 +272,33 @@ class Fit:
         ]
         for name in self.ignored:
             rule = next(rule for rule in self.rules.ignored if _matches(rule.theirs, _key(self.names, name)) is not None)
-            if rule.value is not None and not _close(self.file[name], rule.value()):
+            if rule.value is not None and not _close(self.file[name], rule.value(), rule.tolerance):
                 faults.append(f"in use: {name} would be ignored ({rule.reason}), but it holds other values than that")
         if faults:
             raise _misfit(self.source, faults)
-        dtype = next((_dtype(self.file, name) for step in self.steps for name in self._files(step)), torch.float32)
         made: dict[str, Tensor] = {}
         firsts = {first for _, first in self.rules.tied_ours}
         for step in self.steps:
-            for name, tensor in zip(step.ours, step.rule.to_ours(*(self.file[n] for n in self._files(step))), strict=True):
+            for name, tensor in zip(step.ours, step.rule.to_ours(*map(self._read, step.theirs)), strict=True):
                 if name in firsts:
                     made[name] = tensor
                 yield name, tensor
         for name in self.filled:
             rule = next(rule for rule in self.rules.filled if _matches(rule.ours, name) is not None)
-            like = torch.empty(self.wanted[name].shape, dtype=dtype, device="meta")
-            yield name, rule.value(like)
+            yield name, rule.value(self._like(tuple(self.wanted[name].shape)))
         for name, first in self.rules.tied_ours:
             if name in self.wanted:
                 yield name, made[first]
 
-    def _files(self, step: Step) -> list[str]:
-        return [self.names[name] for name in step.theirs]
+    def _read(self, name: str) -> Tensor:
+        if name in self.absent:
+            return self.absent[name].value(self._like(self.absent_shapes[name]))
+        return self.file[self.names[name]]
+
+    def _like(self, shape: tuple[int, ...]) -> Tensor:
+        """A meta tensor of the dtype that the file's first tensor has."""
+        dtypes = (_dtype(self.file, self.names[name]) for step in self.steps for name in step.theirs if name in self.names)
+        return torch.empty(shape, dtype=next(dtypes, torch.float32), device="meta")
 
 
 def fit(tensors: Mapping[str, Tensor], rules: Rules, wanted: Mapping[str, Tensor], *, source: str | Path = "the file") -> Fit:
@@ -292,8 +325,13 @@ def fit(tensors: Mapping[str, Tensor], rules: Rules, wanted: Mapping[str, Tensor
             names[first] = names[name]
     firsts = {name: first for name, first in rules.tied if first in expected}
     known = {**expected, **{name: expected[first] for name, first in firsts.items()}}
+    absent: dict[str, Absent] = {}
     for name in sorted(expected.keys() - names.keys(), key=list(expected).index):
-        faults.append(f"missing: {name} {expected[name]}")
+        excuse = next((rule for rule in rules.absent if _matches(rule.theirs, name) is not None), None)
+        if excuse is None:
+            faults.append(f"missing: {name} {expected[name]}")
+        else:
+            absent[name] = excuse
     for name, in_file in names.items():
         if name in known:
             continue
@@ -312,7 +350,8 @@ def fit(tensors: Mapping[str, Tensor], rules: Rules, wanted: Mapping[str, Tensor
     if faults:
         raise _misfit(source, faults)
     filled = {name: rule.reason for name in wanted for rule in rules.filled if _matches(rule.ours, name) is not None}
-    return Fit(source, tensors, names, wanted, rules, tuple(steps), ignored, filled, tied)
+    shapes = {name: expected[name] for name in absent}
+    return Fit(source, tensors, names, wanted, rules, tuple(steps), ignored, filled, tied, absent, shapes)
 
 
 def to_ours(
@@ -506,13 +545,13 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
-def _close(given: Tensor, value: Tensor) -> bool:
+def _close(given: Tensor, value: Tensor, tolerance: float = 1e-6) -> bool:
     """Whether a tensor has the values it must have, as far as its dtype can hold them."""
     if given.shape != value.shape:
         return False
     if not given.is_floating_point():
         return bool((given.cpu() == value).all())
-    room = 8 * torch.finfo(given.dtype).eps
+    room = max(tolerance, 8 * torch.finfo(given.dtype).eps)
     return torch.allclose(given.cpu().double(), value.double(), rtol=room, atol=room)
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": ("crossattention.cli.evaluate", "score a run on the examples it has never seen"),
     "predict": ("crossattention.cli.predict", "ask a run: words as arguments, or one a line on standard input"),
     "view": ("crossattention.cli.view", "show what a run reads of an input: one HTML page, or a PNG or SVG figure"),
+    "convert": ("crossattention.cli.convert", "turn a model folder of another library into one of ours, or the way back"),
     "plan": ("crossattention.cli.plan", "show every evaluation order of a cross-attention, its cost, and the choice"),
 }
 

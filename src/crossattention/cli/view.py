@@ -141,7 +141,14 @@ def _memory(layer: "MemoryLayer") -> dict[str, Any]:
         "coefficients": layer.coefficients.tolist(),
         "num_firing": layer.num_firing.tolist(),
     }
-    return {"name": layer.name, "size": layer.size, **top, "keys": keys}
+    return {
+        "name": layer.name,
+        "size": layer.size,
+        **top,
+        "agreement": layer.agreement,
+        "num_triggered": layer.num_triggered,
+        "keys": keys,
+    }
 
 
 def _rounded(weights: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crossattention.layers.dropout import Dropout
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class FeedForward(nn.Module):
@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
         dim: width of the input.
         hidden_dim: width between the projections.
         out_dim: width of the output; `dim` if not given.
-        activation: "relu", "gelu" (the exact one, with erf), or a module applied elementwise.
+        activation: "relu", "gelu" (the exact one, with erf), "silu" (x sigmoid(x)), or a module applied elementwise.
         bias: whether the projections have b1 and b2.
         dropout: probability of zeroing a hidden unit in training.
 

@@ -2,6 +2,7 @@
 
 from crossattention.maps.blocks import Block
 from crossattention.maps.compute import attention_map
+from crossattention.maps.feed_forward import FeedForwardMemory, Promoted, Triggers, feed_forward_layers, feed_forward_memories
 from crossattention.maps.summaries import Aligned, Alignment, Argmax, Entropy, Highlight, Rows, Summary, Top, TopK
 
 __all__ = [
@@ -10,10 +11,15 @@ __all__ = [
     "Argmax",
     "Block",
     "Entropy",
+    "FeedForwardMemory",
     "Highlight",
+    "Promoted",
     "Rows",
     "Summary",
     "Top",
     "TopK",
+    "Triggers",
     "attention_map",
+    "feed_forward_layers",
+    "feed_forward_memories",
 ]

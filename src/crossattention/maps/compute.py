@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, get_args, overload
+from typing import Any, Protocol, get_args, overload
 
 import torch
 from torch import Tensor
 
-from crossattention.attention import CrossAttention, PreparedContext
+from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries
+from crossattention.attention.cross_attention import check_is_tensor
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
 from crossattention.maps.summaries import Summary
 
 
+class Reader(Protocol):
+    """A part around one attention, as those of `crossattention.layers`: what it asks is what the map is of."""
+
+    def reading(self, a: Any, b: Any) -> tuple[CrossAttention, Tensor, Tensor | PreparedContext]:
+        """The attention inside, and what it gets as A and B."""
+
+
 @overload
 def attention_map(
-    layer: CrossAttention,
-    a: Tensor,
-    b: Tensor | PreparedContext,
+    layer: CrossAttention | Reader,
+    a: Tensor | None,
+    b: Any,
     summaries: None = None,
     *,
     context_mask: Tensor | None = None,
@@ -33,9 +41,9 @@ def attention_map(
 
 @overload
 def attention_map(
-    layer: CrossAttention,
-    a: Tensor,
-    b: Tensor | PreparedContext,
+    layer: CrossAttention | Reader,
+    a: Tensor | None,
+    b: Any,
     summaries: Sequence[Summary],
     *,
     context_mask: Tensor | None = None,
@@ -46,9 +54,9 @@ def attention_map(
 
 
 def attention_map(
-    layer: CrossAttention,
-    a: Tensor,
-    b: Tensor | PreparedContext,
+    layer: CrossAttention | Reader,
+    a: Tensor | None,
+    b: Any,
     summaries: Sequence[Summary] | None = None,
     *,
     context_mask: Tensor | None = None,
@@ -61,8 +69,9 @@ def attention_map(
     weights[z, h, n, m] = softmax over m of (A Wq + bq)(B Wk + bk)^T scale, zero in rows that may attend nothing
 
     Args:
-        layer: the layer whose weights are asked for.
-        a: queries (z, n, a), learned queries (n, a), or (z, r, n, a).
+        layer: the layer whose weights are asked for; or a part around one, as `CrossAttentionBlock`, `AttentionPool` or `Resampler`
+            (of which it is the last layer), whose norms are then applied.
+        a: queries (z, n, a), learned queries (n, a), or (z, r, n, a); None for a part that has queries of its own.
         b: context (z, m, b), or what `layer.prepare` made of it; its plan's scores are then used.
         summaries: what to keep in the place of the weights: `TopK`, `Highlight`, `Entropy`, `Argmax`, `Alignment`, `Rows` of
             `crossattention.maps`, or objects of your own with `update(block)` and `result()`. Each works on a copy, so that the
@@ -79,7 +88,7 @@ def attention_map(
     Raises:
         ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
             list of summaries.
-        TypeError: `layer` is no CrossAttention, a mask of a wrong dtype, or something that is no summary.
+        TypeError: `layer` is no CrossAttention and no part around one, a mask of a wrong dtype, or something that is no summary.
 
     Cost: without summaries, the whole z h n m matrix in memory. With them, a block of 1.5 million scores, or of one row where that
         is longer, the keys of a head, and what the summaries keep. Of a raw context keys are made, no values; one head after the
@@ -96,10 +105,17 @@ def attention_map(
         >>> mass.shape
         torch.Size([2, 4, 7])
     """
-    if not isinstance(layer, CrossAttention):
-        raise TypeError(f"attention_map expects a CrossAttention, got {type(layer).__name__}")
     if summaries is not None:
         check_summaries(summaries)
+    if not isinstance(layer, CrossAttention):
+        if not callable(getattr(layer, "reading", None)):
+            raise TypeError(
+                f"attention_map expects a CrossAttention, or a part around one, got {type(layer).__name__}; "
+                "record_attention(model) sees the layers inside a model"
+            )
+        layer, a, b = layer.reading(a, b)
+    if not isinstance(a, PreparedQueries):
+        check_is_tensor("queries", a)
     if isinstance(b, PreparedContext):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:

@@ -331,7 +331,7 @@ def _can_still_win(live: _Targets, kept: _Targets, wanted: int, penalty: LengthP
 def _rows_to_go_on(is_done: Tensor) -> Tensor | None:
     """The rows that are not done, if it pays to go on with them alone: dropping rows copies what is kept of the others."""
     going = (~is_done).nonzero()[:, 0]
-    return going if 4 * len(going) <= 3 * len(is_done) else None
+    return going if 8 * len(going) <= 7 * len(is_done) else None
 
 
 # -------------------------------------------------------------------------------------------------------- the parts

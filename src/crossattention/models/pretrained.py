@@ -1,7 +1,8 @@
 """Saving a model as a folder, and loading one: from a folder, from this package, or from the Hugging Face Hub.
 
-A model folder holds `config.json` (the family, the format's version, the fields of the model's config) and `model.safetensors`
-(its weights). Nothing in it is executed. Reading and writing of the files themselves is done by `checkpoints.files`.
+A model folder of this project holds `config.json` (the family, the format's version, the fields of the model's config) and
+`model.safetensors` (its weights). Folders and files of other libraries are read too, through `checkpoints.families`. Nothing in
+any of them is executed. Reading and writing of the files themselves is done by `checkpoints`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
 FAMILIES: dict[str, tuple[str, str]] = {
+    "crossvit": ("crossattention.models.crossvit", "CrossViT"),
+    "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""
+
+# What is fetched of a repository on the Hub: safetensors, and only where it has none, torch's archives.
+HUB_PATTERNS = (
+    (CONFIG_FILE, WEIGHTS_FILE, "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    (CONFIG_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
 
 _BUNDLED = Path(__file__).parents[1] / "recipes" / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -93,8 +102,9 @@ class Pretrained:
         """Load a model of this family, ready to evaluate (dropout off; `train()` turns it on).
 
         Args:
-            name: a folder that `save_pretrained` wrote; or the id of weights inside this package ("g2p-small"), or of such a folder
-                on the Hugging Face Hub ("owner/name"). A folder of that name comes first.
+            name: a folder that `save_pretrained` wrote; a folder or file of another library, such as Hugging Face's or timm's;
+                or the id of weights inside this package ("g2p-small"), or on the Hugging Face Hub ("owner/name"). What exists
+                under that name here comes first.
             revision: branch, tag or commit on the Hub.
             device: where the weights go; default the CPU.
             dtype: dtype of the weights; default as stored.
@@ -103,15 +113,11 @@ class Pretrained:
             The model.
 
         Raises:
-            FileNotFoundError: no such folder, or one without a model.
-            ValueError: another family, a later format, a config or weights that do not fit (every name is listed), a damaged file,
-                a `revision` given with a folder.
+            FileNotFoundError: nothing of that name, or no model in it.
+            ValueError: another family, a later format, a config or weights that do not fit (every name is listed), a damaged
+                file or one that would run something, a `revision` given with what is here already.
         """
-        folder = find_folder(name, revision)
-        family, config = read_config(folder)
-        if family != cls.family:
-            raise ValueError(f'{folder} holds a model of the family "{family}", not "{cls.family}"; load("{name}") finds the class')
-        return _build(cls, folder, config, device, dtype)
+        return _load(name, revision, device, dtype, cls)
 
 
 def load(
@@ -121,10 +127,11 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load a model of whatever family its folder names, ready to evaluate.
+    """Load a model of whatever family its folder or file is, ready to evaluate.
 
     Args:
-        name: a folder that `save_pretrained` wrote, or the id of one inside this package ("g2p-small") or on the Hugging Face Hub.
+        name: a folder that `save_pretrained` wrote; a folder or file of another library (docs/checkpoints.md lists the
+            families); or the id of weights inside this package ("g2p-small") or on the Hugging Face Hub.
         revision: branch, tag or commit on the Hub.
         device: where the weights go; default the CPU.
         dtype: dtype of the weights; default as stored.
@@ -133,15 +140,10 @@ def load(
         The model.
 
     Raises:
-        FileNotFoundError: no such folder, or one without a model.
-        ValueError: an unknown family, and all that `from_pretrained` refuses.
+        FileNotFoundError: nothing of that name, or no model in it.
+        ValueError: a family that is not known, with those that are; and all that `from_pretrained` refuses.
     """
-    folder = find_folder(name, revision)
-    family, config = read_config(folder)
-    if family not in FAMILIES:
-        raise ValueError(f'{folder} holds a model of the family "{family}"; known are {", ".join(sorted(FAMILIES))}')
-    module, class_name = FAMILIES[family]
-    return _build(getattr(importlib.import_module(module), class_name), folder, config, device, dtype)
+    return _load(name, revision, device, dtype, None)
 
 
 def bundled() -> dict[str, Path]:
@@ -149,37 +151,63 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(_BUNDLED.glob(f"*/{WEIGHTS_FILE}"))}
 
 
-def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: the one named, the one inside this package, or what the Hub has under that id, downloaded once.
+def find_source(name: str | Path, revision: str | None = None) -> Path:
+    """Where a model lies here: the folder or file named (of a training run its best/), the one inside this package, or the Hub's.
 
     Raises:
-        FileNotFoundError: neither a folder nor an id, or an id that the Hub does not have.
-        ValueError: a `revision` with a local folder or with weights inside this package.
+        FileNotFoundError: neither here nor an id, or an id that the Hub does not have.
+        ValueError: a `revision` with what is here already.
     """
-    folder = Path(name)
-    inside = None if folder.exists() else bundled().get(str(name))
-    if folder.is_dir() or inside is not None:
+    from crossattention.checkpoints.families import is_weights_file
+
+    place = Path(name)
+    inside = None if place.exists() else bundled().get(str(name))
+    if place.exists() or inside is not None:
+        if place.is_file() and not is_weights_file(place):
+            raise FileNotFoundError(
+                f"{place} is a file; name the folder that holds {CONFIG_FILE} and the weights, or a file of weights (.safetensors)"
+            )
         if revision is not None:
-            what = "a local folder" if inside is None else "inside this package"
-            raise ValueError(f'{folder} is {what} and has no revisions, got revision="{revision}"; leave it out')
-        return inside or folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+            what = "inside this package" if inside is not None else "a local file" if place.is_file() else "a local folder"
+            raise ValueError(f'{place} is {what} and has no revisions, got revision="{revision}"; leave it out')
+        # The folder of a training run has its model in best/.
+        return inside or (place / "best" if is_own(place / "best") and not (place / WEIGHTS_FILE).exists() else place)
     if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
         held = ", ".join(bundled()) or "none"
         raise FileNotFoundError(
-            f"there is no folder {folder}, and it is no id of weights inside this package ({held}) or on the Hugging Face Hub "
+            f"there is no folder {place}, and it is no id of weights inside this package ({held}) or on the Hugging Face Hub "
             "(owner/name)"
         )
+    return _fetched(name, revision)
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of what the Hub has under an id, in the user's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from crossattention.checkpoints.weights import find_weights
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        for patterns in HUB_PATTERNS:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+            if find_weights(folder) is not None:
+                break
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f'there is no folder {folder}, and the Hugging Face Hub gave nothing under the id "{name}": {error}'
+            f'there is no folder {name}, and the Hugging Face Hub gave nothing under the id "{name}": {error}'
         ) from error
+
+
+def is_own(place: Path) -> bool:
+    """Whether a folder is of this project: it holds a `config.json` that names a family."""
+    from crossattention.checkpoints.files import read_json
+
+    if not (place / CONFIG_FILE).is_file():
+        return False
+    content = read_json(place / CONFIG_FILE)
+    return isinstance(content, dict) and "family" in content
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -195,7 +223,8 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     if missing:
         raise FileNotFoundError(
             f"{folder} holds no model: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
-            "name a folder that save_pretrained wrote, or the best/ folder of a training run"
+            "name a folder that save_pretrained wrote, the best/ folder of a training run, a folder of another library, or a "
+            "file of weights itself"
         )
     content = read_json(folder / CONFIG_FILE)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict) or "family" not in content:
@@ -231,6 +260,42 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
+
+
+def _load(name: str | Path, revision: str | None, device: torch.device | str | None, dtype: torch.dtype | None, asked: Any) -> Any:
+    """The model of a name, of the class `asked` or of any."""
+    place = find_source(name, revision)
+    if place.name == WEIGHTS_FILE and place.is_file() and is_own(place.parent):
+        place = place.parent
+    if is_own(place) or _holds_nothing(place):
+        family, config = read_config(place)
+        if asked is not None and family != asked.family:
+            raise ValueError(
+                f'{place} holds a model of the family "{family}", not "{asked.family}"; load("{name}") finds the class'
+            )
+        if family not in FAMILIES:
+            raise ValueError(f'{place} holds a model of the family "{family}"; known are {", ".join(sorted(FAMILIES))}')
+        module, class_name = FAMILIES[family]
+        return _build(asked or getattr(importlib.import_module(module), class_name), place, config, device, dtype)
+
+    from crossattention.checkpoints.families import open_checkpoint
+
+    opened = open_checkpoint(place, asked)
+    with opened.weights:
+        if asked is not None and opened.model_class is not asked:
+            raise ValueError(
+                f"{place} holds a {opened.model_class.__name__} ({opened.family.name}), not a {asked.__name__}; "
+                f'load("{name}") finds the class'
+            )
+        model, _ = opened.build(device=device, dtype=dtype)
+    return model
+
+
+def _holds_nothing(place: Path) -> bool:
+    """Whether a folder lacks a config or weights of any kind, so that it is said to hold no model."""
+    from crossattention.checkpoints.weights import find_weights
+
+    return place.is_dir() and (not (place / CONFIG_FILE).is_file() or find_weights(place) is None)
 
 
 def _build(cls: Any, folder: Path, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None) -> Any:

@@ -6,8 +6,8 @@ The model, its loss and the paper's two sizes; generation is in `generate`, the 
 Where this file follows the authors' code (tensor2tensor) because the paper is silent, or offers more than the paper:
 - weights start Xavier-uniform and embeddings normal with variance 1/d, as in that code (`Transformer.reset_parameters`);
 - dropout on the attention weights, which that code has and the paper does not list, is a field and off by default;
-- `norm="pre"` (a norm before each sublayer and one after each stack), learned positions, GELU, and embeddings tied in part or not
-  at all are fields, because published models need them; the defaults are the paper's;
+- `norm="pre"` (a norm before each sublayer and one after each stack), learned positions, GELU and SiLU, a bias on the logits, and
+  embeddings tied in part or not at all are fields, because published models need them; the defaults are the paper's;
 - a position that may attend nothing (a source of padding alone) reads zeros, so it gets the output bias; the paper does not say.
 
 Legend: z batch, m source length, n target length, r target sequences (beams, samples) that read one source, d width, V vocabulary.
@@ -51,7 +51,7 @@ class TransformerConfig:
         attention_dropout: on the attention weights.
         norm: "post" normalises after each residual sum (the paper), "pre" each sublayer's input and each stack's output.
         positions: "sinusoidal" (the paper; any length) or "learned" (`max_length` positions a side).
-        activation: "relu" (the paper) or "gelu", in the feed-forward layers.
+        activation: "relu" (the paper), "gelu" or "silu", in the feed-forward layers.
         max_length: number of learned positions; sinusoidal ones do not use it.
         tied: "all" source embedding, target embedding and output projection are one matrix (the paper), "target" the latter
             two, "none" each its own.
@@ -59,6 +59,7 @@ class TransformerConfig:
         begin_id: symbol that starts every target.
         end_id: symbol that ends every target.
         norm_eps: added to the variance in each norm.
+        output_bias: a learned bias on the logits, one a target symbol (Marian's translators have it; the paper not).
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown choice, a symbol outside its vocabulary, two
@@ -76,13 +77,14 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     norm: Literal["post", "pre"] = "post"
     positions: Literal["sinusoidal", "learned"] = "sinusoidal"
-    activation: Literal["relu", "gelu"] = "relu"
+    activation: Literal["relu", "gelu", "silu"] = "relu"
     max_length: int = 512
     tied: Literal["all", "target", "none"] = "all"
     pad_id: int = 0
     begin_id: int = 1
     end_id: int = 2
     norm_eps: float = 1e-5
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.type == "int"):
@@ -293,7 +295,7 @@ class Transformer(Pretrained, nn.Module):
     """The encoder-decoder of "Attention Is All You Need".
 
     states = encoder(E_source[source] sqrt(d) + positions)
-    logits = decoder(E_target[target] sqrt(d) + positions, states) W_out,   W_out = E_target^T where tied
+    logits = decoder(E_target[target] sqrt(d) + positions, states) W_out (+ b_out),   W_out = E_target^T where tied
 
     The target is given shifted right: it starts with `begin_id`, and logits[:, i] are for the symbol after target[:, i].
     Sequences are filled up with padding on the right. A mask is True at real symbols; without one, all are real.
@@ -337,6 +339,7 @@ class Transformer(Pretrained, nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.out_proj = nn.Linear(config.dim, config.target_vocab_size, bias=False) if config.tied == "none" else None
+        self.out_bias = nn.Parameter(torch.zeros(config.target_vocab_size)) if config.output_bias else None
         self.reset_parameters()
         self.to(device=device, dtype=dtype)
 
@@ -492,7 +495,9 @@ class Transformer(Pretrained, nn.Module):
         return self.embedding_dropout(x + added)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.target_embedding.weight) if self.out_proj is None else self.out_proj(x)
+        if self.out_proj is None:
+            return F.linear(x, self.target_embedding.weight, self.out_bias)
+        return self.out_proj(x) if self.out_bias is None else self.out_proj(x) + self.out_bias
 
     def _check_prepared(self, prepared: Sequence[PreparedContext]) -> None:
         if isinstance(prepared, PreparedContext) or len(prepared) != len(self.decoder.layers):

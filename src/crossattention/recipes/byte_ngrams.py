@@ -71,7 +71,7 @@ class ByteNGrams:
     Example:
         >>> counts = ByteNGrams(np.frombuffer(b"abcabcabd", np.uint8))
         >>> "%.2f" % counts.after(b"ab")[ord("c")]
-        '0.52'
+        '0.23'
     """
 
     def __init__(self, text: np.ndarray) -> None:

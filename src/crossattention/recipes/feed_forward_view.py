@@ -1,25 +1,29 @@
-"""The feed-forward layers of a decoder read as memories: which keys fire, what their values promote, and on which texts.
+"""The feed-forward layers of a decoder as `views` show them: which keys fire, what their values promote, and on which texts.
 
-    out = activation(x W1 + b1) W2 + b2 = sum over keys j of coefficient_j value_j + b2
-
-A row of W1 is a key, what W2 gives for it is its value. A value's score for a symbol is its product with the symbol's row of
-the output embedding, less the mean over the vocabulary.
-
-Source: Geva et al. 2021, arXiv:2012.14913 (keys and the texts they fire on); Geva et al. 2022, arXiv:2203.14680 (values as
-promoters of symbols). Both read layers without a norm behind the sum; here a last norm may stand between value and embedding,
-and is left out.
-Legend: n target length, s keys of a layer, V vocabulary.
+What lives here: a translator's texts and symbols. What does not: reading a model as memories (`maps.feed_forward`), which says how.
+A last norm between value and embedding is left out. Legend: n target length, s keys of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossattention.data.vocabulary import BEGIN, END, FIRST_ID, PAD, UNKNOWN
+from crossattention.maps.feed_forward import (
+    FeedForwardMemory,
+    Promoted,
+    Triggers,
+    coefficients_of,
+    feed_forward_layers,
+    feed_forward_memories,
+    promoted_symbols,
+    value_rows,
+)
 from crossattention.recipes.translator import OnProgress, Translator
 from crossattention.views.content import FeedForwardView, KeyInput, MemoryKey, MemoryLayer, TextSide
 
@@ -71,88 +75,91 @@ def feed_forward_view(
     Cost: one forward pass an example.
     """
     amount = amount or Amount()
-    tokens, seen = _coefficients(translator, text, predicted)
+    decoder = {f"decoder.{name}": module for name, module in feed_forward_layers(translator.model.decoder).items()}
+    tokens, seen = _coefficients(translator, decoder, text, predicted)
     if not tokens:
         raise ValueError(
             f"nothing was written for {text!r}, so no key fired; give an answer to look at (--answer), or train longer"
         )
-    tops = [layer.topk(min(amount.keys, layer.shape[1]), dim=1) for layer in seen]
-    wanted = [top.indices.unique() for top in tops]
-    inputs = _strongest_inputs(translator, examples, wanted, amount.inputs, on_progress)
+    memories = _memories(translator, list(decoder), examples, amount, on_progress)
     layers = []
-    for index, (layer, top, keys) in enumerate(zip(seen, tops, wanted, strict=True)):
-        promoted = _promoted(translator, index, keys, amount.symbols)
-        known = {int(key): MemoryKey(promoted[at], inputs[index][at]) for at, key in enumerate(keys)}
-        firing = (layer > 0).sum(1)
-        values = top.values.clamp(min=0)
-        name = f"decoder.layers.{index}.feed_forward"
-        layers.append(MemoryLayer(name, layer.shape[1], top.indices.numpy(), values.numpy(), firing.numpy(), known))
+    for name, second in decoder.items():
+        coefficients = seen[name]
+        top = coefficients.topk(min(amount.keys, coefficients.shape[1]), dim=1)
+        memory = memories.get(name)
+        promoted = promoted_symbols(value_rows(second), _output(translator), amount.symbols) if memory is None else memory.promoted
+        known = {}
+        for key in top.indices.unique().tolist():
+            inputs = () if memory is None else _inputs(translator, memory.triggers, key, examples)
+            known[key] = MemoryKey(_promoted(translator, promoted, key), inputs)
+        layers.append(
+            MemoryLayer(
+                name,
+                coefficients.shape[1],
+                top.indices.numpy(),
+                top.values.clamp(min=0).numpy(),
+                (coefficients > 0).sum(1).numpy(),
+                known,
+                agreement=None if memory is None or math.isnan(memory.agreement) else memory.agreement,
+                num_triggered=None if memory is None else memory.num_triggered,
+            )
+        )
     return FeedForwardView(f"{text} → {predicted}", TextSide(tuple(tokens)), tuple(layers), (note,) if note else ())
 
 
-def _coefficients(translator: Translator, text: str, predicted: str) -> tuple[list[str], list[Tensor]]:
-    """The target's tokens, and for each decoder layer the coefficients of all keys while each is written, (n, s)."""
-    seen: list[Tensor] = []
-    layers = [layer.feed_forward.down_proj for layer in translator.model.decoder.layers]
-    hooks = [layer.register_forward_pre_hook(lambda module, given: seen.append(given[0][0])) for layer in layers]
-    try:
+def _coefficients(
+    translator: Translator, layers: dict[str, nn.Module], text: str, predicted: str
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The target's tokens, and for each layer the coefficients of all keys while each is written, (n, s)."""
+    with coefficients_of(layers) as seen:
         tokens = translator.read_along(text, predicted)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tokens, [found[: len(tokens)].float().cpu() for found in seen]
+    return tokens, {name: calls[0][0, : len(tokens)].float().cpu() for name, calls in seen.items()}
 
 
-def _promoted(translator: Translator, layer: int, keys: Tensor, count: int) -> list[tuple[tuple[str, float], ...]]:
-    """For each key the symbols that its value promotes most, with their scores."""
+def _memories(
+    translator: Translator, layers: list[str], examples: Pairs, amount: Amount, on_progress: OnProgress | None
+) -> dict[str, FeedForwardMemory]:
+    """What the layers remember of the examples; nothing where there are none."""
+
+    def one_by_one() -> Iterator[tuple[str, str]]:
+        for number, pair in enumerate(examples):
+            yield pair
+            if on_progress is not None:
+                on_progress(number + 1, len(examples))
+
+    def run(pair: tuple[str, str]) -> Tensor:
+        translator.read_along(*pair)
+        return torch.tensor([[*translator.target.encode(pair[1]), -1]])  # the step that ends the text writes no token
+
+    if not examples:
+        return {}
+    sizes = {"k": amount.inputs, "symbols": amount.symbols}
+    return feed_forward_memories(translator.model, one_by_one(), run, output=_output(translator), layers=layers, **sizes)
+
+
+def _output(translator: Translator) -> Tensor:
+    """The output embedding (V, d)."""
     model = translator.model
-    values = model.decoder.layers[layer].feed_forward.down_proj.weight.detach().float().cpu().T[keys]
-    table = model.target_embedding.weight if model.out_proj is None else model.out_proj.weight
-    scores = values @ table.detach().float().cpu().T
-    scores = scores - scores.mean(1, keepdim=True)
-    best = scores.topk(min(count, scores.shape[1]), dim=1)
-    return [
-        tuple((_symbol(translator, symbol), score) for symbol, score in zip(symbols, row, strict=True))
-        for symbols, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    return (model.target_embedding.weight if model.out_proj is None else model.out_proj.weight).detach()
+
+
+def _promoted(translator: Translator, promoted: Promoted, key: int) -> tuple[tuple[str, float], ...]:
+    """The symbols that a key's value promotes most, with their scores."""
+    pairs = zip(promoted.ids[key].tolist(), promoted.scores[key].tolist(), strict=True)
+    return tuple((_symbol(translator, symbol), score) for symbol, score in pairs)
 
 
 def _symbol(translator: Translator, symbol: int) -> str:
     return SPECIAL[symbol] if symbol < FIRST_ID else "".join(translator.target.tokens([symbol]))
 
 
-def _strongest_inputs(
-    translator: Translator, examples: Pairs, wanted: Sequence[Tensor], count: int, on_progress: OnProgress | None
-) -> list[list[tuple[KeyInput, ...]]]:
-    """For each layer and wanted key the examples on which it fires most, each example once, the strongest first."""
-    texts: list[list[str]] = []
-    peaks: list[list[Tensor]] = [[] for _ in wanted]
-    places: list[list[Tensor]] = [[] for _ in wanted]
-    for number, (source, target) in enumerate(examples):
-        tokens, seen = _coefficients(translator, source, target)
-        texts.append(tokens)
-        for layer, keys in enumerate(wanted):
-            peak = seen[layer][:, keys].max(0)
-            peaks[layer].append(peak.values)
-            places[layer].append(peak.indices)
-        if on_progress is not None:
-            on_progress(number + 1, len(examples))
-    if not texts:
-        return [[()] * len(keys) for keys in wanted]
+def _inputs(translator: Translator, triggers: Triggers, key: int, examples: Pairs) -> tuple[KeyInput, ...]:
+    """The examples on which a key fires most, if it fires at all."""
+    rows = (triggers.texts[key].tolist(), triggers.positions[key].tolist(), triggers.coefficients[key].tolist())
     found = []
-    for layer, keys in enumerate(wanted):
-        strength, place = torch.stack(peaks[layer]), torch.stack(places[layer])
-        best = strength.topk(min(count, len(texts)), dim=0)
-        found.append(
-            [_inputs(best.values[:, key], best.indices[:, key], place[:, key], texts, examples) for key in range(len(keys))]
-        )
-    return found
-
-
-def _inputs(strengths: Tensor, chosen: Tensor, places: Tensor, texts: list[list[str]], examples: Pairs) -> tuple[KeyInput, ...]:
-    """Of the chosen examples those on which the key fires at all."""
-    return tuple(
-        KeyInput(tuple(texts[index]), int(places[index]), strength, examples[index][0])
-        for strength, index in zip(strengths.tolist(), chosen.tolist(), strict=True)
-        if strength > 0
-    )
+    for number, place, strength in zip(*rows, strict=True):
+        if strength > 0:
+            source, target = examples[number]
+            tokens = translator.target.tokens(translator.target.encode(target))
+            found.append(KeyInput(tuple(tokens), place, strength, source))
+    return tuple(found)

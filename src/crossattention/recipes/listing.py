@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARES = ("per", "wer", "cer", "exact", "accuracy")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "unreadable", "masked")
+COUNTS = ("words", "pairs", "unreadable", "sounds", "masked")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -60,6 +60,10 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "bytes": Listed(
             "masked bytes of any folder of text: --data FOLDER; without it the Python standard library's own source",
             "crossattention.recipes.byte_text",
+        ),
+        "listen": Listed(
+            "spoken words, spelled out: words of the dictionary in several voices, or --data FOLDER of WAV files",
+            "crossattention.recipes.listen",
         ),
     }
 )

@@ -309,9 +309,13 @@ class MemoryLayer:
         coefficients: (n, k), how strongly they fire, 0 for not at all.
         num_firing: (n,), how many keys of the layer fire at all.
         keys: what is known of each key in `top_keys`.
+        agreement: share of the keys that fire on some text whose value's first symbol is the one that follows the text's strongest
+            position, 0 to 1; None if it is not known.
+        num_triggered: how many keys fire on some text; None if it is not known.
 
     Raises:
-        ValueError: shapes that do not fit together, numbers that are negative or not finite, a key of which nothing is known.
+        ValueError: shapes that do not fit together, numbers that are negative or not finite, a key of which nothing is known, an
+            agreement outside 0 to 1.
     """
 
     name: str
@@ -320,8 +324,12 @@ class MemoryLayer:
     coefficients: Numbers = field(repr=False)
     num_firing: Numbers = field(repr=False)
     keys: Mapping[int, MemoryKey] = field(repr=False)
+    agreement: float | None = None
+    num_triggered: int | None = None
 
     def __post_init__(self) -> None:
+        if self.agreement is not None and not 0.0 <= self.agreement <= 1.0:
+            raise ValueError(f"{self.name!r}: agreement must be a share, 0 to 1, got {self.agreement}")
         for name, kind in (("top_keys", np.int64), ("coefficients", np.float32), ("num_firing", np.int64)):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=kind))
         shapes = (self.top_keys.shape, self.coefficients.shape, self.num_firing.shape)

@@ -179,6 +179,8 @@ def memory_data(view: FeedForwardView) -> dict[str, Any]:
                 "top": layer.top_keys.tolist(),
                 "coefficients": _rounded(layer.coefficients),
                 "firing": layer.num_firing.tolist(),
+                "agreement": layer.agreement,
+                "triggered": layer.num_triggered,
                 "keys": {str(key): _key(found) for key, found in layer.keys.items()},
             }
             for layer in view.layers

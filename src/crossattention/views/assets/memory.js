@@ -59,7 +59,9 @@ class MemoryPage {
     }
     const share = ((100 * firing) / layer.size).toFixed(1);
     const words = `: at token ${this.token} “${cut(tokens[this.token], 60)}” ${whole(firing)} of ${whole(layer.size)} keys fire (${share} %).`;
-    this.readout.replaceChildren(make("strong", { textContent: layer.name }), make("bdi", { textContent: words }));
+    const { agreement, triggered } = layer;
+    const agrees = agreement === null || triggered === null ? "" : ` Of ${whole(triggered)} keys that fire on some text, ${(100 * agreement).toFixed(1)} % have a value whose first symbol follows their strongest one.`;
+    this.readout.replaceChildren(make("strong", { textContent: layer.name }), make("bdi", { textContent: words }), agrees);
     const most = Math.max(...layer.coefficients.flat(), 1e-30);
     const cards = layer.top[this.token].map((key, i) => this.card(layer, key, layer.coefficients[this.token][i], most));
     this.cards.replaceChildren(...cards.filter((card) => card !== null));
