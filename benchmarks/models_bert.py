@@ -1,7 +1,7 @@
 """Cases of `models.py`: BERT, and its encoder-decoder, against those of transformers.
 
-Forward passes and training steps are of the base size, 512 symbols of source and 64 of target. Generation is of the base size too,
-4 beams, 64 new symbols, end excluded, so that both take all 64 steps. The cross-attention's keys and values of that case, in bytes:
+Forward passes and training steps are of the base size, 512 symbols of source and 64 of target. Generation is of that size too, 4
+beams, 64 new symbols, end excluded, so that both take all 64 steps. The cross-attention's keys and values of that case, in bytes:
 
     python benchmarks/models_bert.py
 """
