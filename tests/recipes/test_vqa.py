@@ -131,7 +131,7 @@ def test_scores_are_of_all_and_of_both_kinds_of_questions(run_folder):
     run = load_run(run_folder)
     scores = evaluate(run)
     assert (scores["questions"], scores["questions_shape_color"], scores["questions_yes_no"]) == (48, 24, 24)
-    for name in ("accuracy", "accuracy_from_question"):
+    for name in ("accuracy", "accuracy_from_question", "attention_on_shape", "attention_if_even"):
         halves = (scores[f"{name}_shape_color"] + scores[f"{name}_yes_no"]) / 2
         assert scores[name] == pytest.approx(halves)
     test = read_easy_vqa(run.description["config"]["data"]).test

@@ -8,7 +8,7 @@ Legend: z batch, n length of the question with [CLS] before it, m patches, h hea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -240,7 +240,7 @@ def patches_with_a_shape(images: Tensor, patch: int) -> Tensor:
     return F.max_pool2d(drawn.float().unsqueeze(1), patch).flatten(1) > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """How much of the words' attention falls on patches that hold the shape; shares of 1, a mean over words, then questions.
 
@@ -275,6 +275,17 @@ def reading_of(answerer: Answerer, batches: Iterable[QuestionBatch]) -> Reading:
         raise ValueError("expected questions to measure what their words read, got none")
     heads = (on_shape / count).numpy()
     return Reading(float(heads.mean()), heads, even / count)
+
+
+def reading_together(counts: Mapping[Reading, int]) -> Reading:
+    """What is read in several sets of questions together.
+
+    Args:
+        counts: what is read in each set, and how many questions it has.
+    """
+    total = sum(counts.values())
+    heads = sum(read.heads * (count / total) for read, count in counts.items())
+    return Reading(float(np.mean(heads)), np.asarray(heads), sum(read.even * (count / total) for read, count in counts.items()))
 
 
 @lru_cache(maxsize=2)

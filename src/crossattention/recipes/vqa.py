@@ -34,8 +34,10 @@ from crossattention.recipes.picture_questions import (
     Prediction,
     QuestionBatch,
     Questions,
+    Reading,
     answer_loss,
     reading_of,
+    reading_together,
 )
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.training.config import TrainConfig
@@ -371,19 +373,18 @@ def score_test_questions(answerer: Answerer, data: EasyVQA, *, on_progress: OnPr
             on_progress(batch.indices[-1] + 1, len(questions))
     predicted = torch.cat(found)
     guessed = torch.tensor([data.answers.index(answer) for answer in guesses(data.train.questions, data.test.questions)])
+    subsets = {suffix: chosen for suffix, chosen in _subsets(questions.answers, data.answers).items() if bool(chosen.any())}
+    read = {suffix: _read(answerer, questions, chosen) for suffix, chosen in subsets.items() if suffix}
+    read[""] = reading_together({read[suffix]: int(subsets[suffix].sum()) for suffix in read})
     scores: dict[str, float] = {}
-    for suffix, chosen in _subsets(questions.answers, data.answers).items():
-        places = chosen.nonzero().flatten().tolist()
-        if not places:
-            continue
-        read = reading_of(answerer, (questions.batch(places[i : i + _TOGETHER]) for i in range(0, len(places), _TOGETHER)))
+    for suffix, chosen in subsets.items():
         values = {
-            "questions": len(places),
+            "questions": int(chosen.sum()),
             "accuracy": _share(predicted[chosen] == questions.answers[chosen]),
             "accuracy_from_question": _share(guessed[chosen] == questions.answers[chosen]),
-            "attention_on_shape": read.mean,
-            "attention_best_head": float(read.heads.max()),
-            "attention_if_even": read.even,
+            "attention_on_shape": read[suffix].mean,
+            "attention_best_head": float(read[suffix].heads.max()),
+            "attention_if_even": read[suffix].even,
         }
         scores |= {f"{name}{suffix}": value for name, value in values.items()}
     return scores
@@ -437,6 +438,11 @@ def png_of(image: np.ndarray, *, scale: int = 4) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(file, "PNG")
     return file.getvalue()
+
+
+def _read(answerer: Answerer, questions: Questions, chosen: Tensor) -> Reading:
+    places = chosen.nonzero().flatten().tolist()
+    return reading_of(answerer, (questions.batch(places[i : i + _TOGETHER]) for i in range(0, len(places), _TOGETHER)))
 
 
 def _accuracies(predicted: Tensor, right: Tensor, answers: Sequence[str]) -> dict[str, float]:
