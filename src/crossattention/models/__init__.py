@@ -1,5 +1,14 @@
 """Whole architectures, one a file, and what they share: generation, saving and loading."""
 
+from crossattention.models.bert import (
+    BertConfig,
+    BertDecoder,
+    BertEncoder,
+    BertMaskedLM,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    mean_of_states,
+)
 from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.models.generate import Hypothesis, beam_search, greedy, sample
 from crossattention.models.perceiver import PerceiverIO, PerceiverIOConfig
@@ -9,6 +18,12 @@ from crossattention.models.transformer import Transformer, TransformerConfig, la
 __all__ = [
     "CrossViT",
     "CrossViTConfig",
+    "BertConfig",
+    "BertDecoder",
+    "BertEncoder",
+    "BertMaskedLM",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Hypothesis",
     "PerceiverIO",
     "PerceiverIOConfig",
@@ -18,5 +33,6 @@ __all__ = [
     "greedy",
     "label_smoothed_cross_entropy",
     "load",
+    "mean_of_states",
     "sample",
 ]

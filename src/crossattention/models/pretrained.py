@@ -24,6 +24,11 @@ FORMAT_VERSION = 1
 FAMILIES: dict[str, tuple[str, str]] = {
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
+    "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
+    "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
+    "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
+    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
+    "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 if TYPE_CHECKING:
     from crossattention.recipes.recipe import RecipeModule
 
-SHARES = ("per", "wer", "cer", "exact", "accuracy")
+SHARES = ("per", "wer", "cer", "exact", "accuracy", "attention")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "unreadable")
+COUNTS = ("words", "pairs", "questions", "unreadable")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -56,6 +56,11 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "seq2seq": Listed(
             "any two-column file: --data pairs.tsv (or .csv, .jsonl, .parquet)",
             "crossattention.recipes.seq2seq",
+        ),
+        "vqa": Listed(
+            "questions about pictures: the words of a question read the picture's patches (easy-vqa, or --data FOLDER)",
+            "crossattention.recipes.vqa",
+            extra="images",
         ),
     }
 )
