@@ -10,6 +10,7 @@ import torch
 from cli.conftest import TINY_FLAGS, type_in
 from crossattention.cli.screen import PlainLines
 from crossattention.recipes import g2p
+from crossattention.recipes.listing import RECIPES
 from crossattention.training.events import Step
 
 
@@ -117,13 +118,13 @@ def test_an_out_that_cannot_be_written_is_named(pairs_file, tmp_path):
 
 def test_an_unknown_recipe_is_answered_with_the_nearest():
     assert type_in("train", "gtp")[2].endswith("no recipe 'gtp'; did you mean 'g2p'? See `crossattention train --help`.\n")
-    assert "there are g2p, seq2seq." in type_in("train", "--steps")[2]
+    assert f"there are {', '.join(RECIPES)}." in type_in("train", "--steps")[2]
 
 
 def test_train_alone_names_the_recipes():
     code, stdout, _ = type_in("train")
     assert code == 2
-    assert re.findall(r"^  (\w+) ", stdout, re.MULTILINE)[:2] == ["g2p", "seq2seq"]
+    assert re.findall(r"^  (\w+) ", stdout, re.MULTILINE)[:2] == list(RECIPES)[:2] == ["g2p", "seq2seq"]
     assert type_in("train", "--help")[0] == 0
 
 
@@ -168,3 +169,32 @@ def test_g2p_learns_within_a_minute(tmp_path):
     assert code == 0
     per = float(re.search(r"^all  +10,011 +\S+ % +(\S+) %", stdout, re.MULTILINE)[1])
     assert per < 40
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_on_with_parts_frozen_and_resumed_so(trained, pairs_file, tmp_path):
+    """The same verbs: its weights begin another run, which says so, keeps frozen parts, and resumes with both."""
+    from crossattention.checkpoints.files import read_json, read_safetensors
+
+    out = tmp_path / "tuned"
+    flags = ["--data", pairs_file, "--target-tokens", "words", "--tokens-per-batch", 400, "--warmup-steps", 1, *TINY_FLAGS]
+    code, stdout, stderr = type_in(
+        "train", "seq2seq", "--out", out, *flags, "--steps", 4, "--init", trained.run, "--freeze", "encoder", "*_embedding.*"
+    )
+    assert code == 0, stderr
+    assert f"begun with the weights of {trained.run} (sha256 of model.safetensors " in stdout
+    before, after = (read_safetensors(run / "best" / "model.safetensors") for run in (trained.run, out))
+    frozen = {name for name in before if name.startswith("encoder.") or "_embedding." in name}
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    stored = read_json(out / "config.json")["training"]
+    assert (stored["init"], stored["freeze"]) == (str(trained.run), ["encoder", "*_embedding.*"])
+    assert type_in("train", "seq2seq", "--out", out, "--resume")[0] == 0
+
+    code, _, stderr = type_in("train", "seq2seq", "--out", tmp_path / "x", *flags, "--steps", 4, "--freeze", "encodr")
+    assert code == 2 and "'encodr': near ones are encoder" in stderr
+    other = tmp_path / "other.tsv"
+    other.write_text(pairs_file.read_text().replace("g", "z"))
+    code, _, stderr = type_in(
+        "train", "seq2seq", "--out", tmp_path / "y", "--data", other, *flags[2:], "--steps", 4, "--init", trained.run
+    )
+    assert code == 2 and "source_tokenizer is another than in" in stderr and "only here: 'z'" in stderr

@@ -215,7 +215,9 @@ def test_layers_are_found_in_models_of_transformers(family) -> None:
 
 def test_a_model_of_bert_is_read_too() -> None:
     bert = pytest.importorskip("crossattention.models.bert", reason="BERT is not part of the library yet")
-    config = bert.BertConfig(vocab_size=VOCABULARY, dim=6, heads=2, layers=2, feed_forward_dim=8, max_length=12, dropout=0.0)
+    config = bert.BertConfig(
+        vocab_size=VOCABULARY, dim=6, heads=2, layers=2, feed_forward_dim=8, max_length=12, dropout=0.0, begin_id=1, end_id=2
+    )
     model = bert.BertEncoder(config)
     names = list(feed_forward_layers(model))
     assert len(names) == 2 and all("feed_forward" in name for name in names)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +219,61 @@ def test_an_id_is_looked_up_on_the_hub_for_the_config_and_safetensors_only(tmp_p
     assert torch.equal(logits(loaded), logits(model))
     patterns = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     assert asked == [("someone/pronounces", {"revision": "v1", "allow_patterns": patterns})]
+
+
+def in_hub_cache(cache: Path, name: str) -> Path:
+    """A folder as the Hub's client keeps a repository: content under blobs/, names that point to it under snapshots/."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@pytest.mark.slow
+def test_models_of_the_hub_s_cache_load_without_a_network(tmp_path: Path) -> None:
+    """In a process of its own: the Hub's client reads its environment once."""
+    from crossattention.checkpoints.families import families_for, written
+    from crossattention.checkpoints.files import write_json
+
+    model = Transformer(replace(TINY, source_vocab_size=13, tied="all", norm="post", output_bias=True)).eval()
+    config, tensors = written(model, families_for(model)[0])
+    for name in ("someone/safe", "someone/sharded", "someone/archive", "someone/ours"):
+        snapshot = in_hub_cache(tmp_path / "hub", name)
+        blobs = snapshot.parents[1] / "blobs"
+        write_json(snapshot / "config.json", config)
+        if name.endswith("ours"):
+            model.save_pretrained(snapshot)
+        elif name.endswith("archive"):
+            torch.save(tensors, blobs / "f00")
+            (snapshot / "pytorch_model.bin").symlink_to(blobs / "f00")
+        elif name.endswith("safe"):
+            write_safetensors(blobs / "f00", tensors)
+            (snapshot / "model.safetensors").symlink_to(blobs / "f00")
+        else:
+            held = {n: t for n, t in tensors.items() if n != "lm_head.weight" and "embed_tokens" not in n}
+            names = list(held)
+            places = {}
+            for number, part in enumerate((names[:9], names[9:]), 1):
+                file = f"model-0000{number}-of-00002.safetensors"
+                write_safetensors(blobs / f"f0{number}", {n: held[n] for n in part})
+                (snapshot / file).symlink_to(blobs / f"f0{number}")
+                places |= dict.fromkeys(part, file)
+            write_json(snapshot / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    program = (
+        "import sys, torch\nfrom crossattention import load\n"
+        "model = load(sys.argv[1])\nprint(model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 7]])).sum().item())"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    wanted = float(logits(model).detach().sum())
+    for name in ("someone/safe", "someone/sharded", "someone/archive", "someone/ours"):
+        done = subprocess.run([sys.executable, "-c", program, name], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(wanted, abs=1e-4), name
+    done = subprocess.run([sys.executable, "-c", program, "someone/absent"], env=environment, capture_output=True, text=True)
+    assert 'the Hugging Face Hub gave nothing under the id "someone/absent"' in done.stderr
 
 
 def test_a_folder_comes_before_an_id_and_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,37 @@ class CrossAttention(nn.Module):
         assert isinstance(pinned, Plan)
         return Choice(pinned, "given to the layer", sizes, choice.candidates)
 
+    def plan_between(
+        self,
+        scores: Literal["head", "context", "query"],
+        values: Literal["head", "context", "output"],
+        query_shape: Sequence[int],
+        context_shape: Sequence[int],
+        *,
+        trains: bool = False,
+    ) -> Plan:
+        """The plan of given meeting spaces by the kernel that is estimated to be the quickest: for callers who know what they save.
+
+        Args:
+            scores: meeting space of scores.
+            values: meeting space of values.
+            query_shape: shape of A, as in `plan_for`.
+            context_shape: shape of B.
+            trains: whether a backward pass follows.
+
+        Returns:
+            The plan; inside graphs, which do not look at lengths, that of the fused kernel.
+
+        Raises:
+            PlanError: a space that something forbids.
+        """
+        refuse_illegal(Plan(scores, values), self.forbidden())
+        if torch.compiler.is_compiling():
+            return Plan(scores, values)
+        choice = self.plan_for(query_shape, context_shape, trains=trains)
+        fitting = [c for c in choice.candidates if (c.plan.scores, c.plan.values) == (scores, values) and c.is_legal]
+        return min(fitting, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan
+
     def fix_plan(
         self,
         *,
@@ -394,6 +425,7 @@ class CrossAttention(nn.Module):
         uses: int | None = None,
         shares_queries: bool = False,
         context_positions: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> PreparedContext:
         """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
 
@@ -406,6 +438,7 @@ class CrossAttention(nn.Module):
                 others count as 1.
             shares_queries: hint: each read has learned queries (n, a), projected once for the whole batch.
             context_positions: integers (m,) or (z, m), for a position part.
+            plan: prepare by this one, whatever the layer's is.
 
         Returns:
             The prepared context. It is refused after the weights that made it changed.
@@ -413,6 +446,7 @@ class CrossAttention(nn.Module):
         Raises:
             ValueError: wrong width, dtype or mask shape.
             TypeError: a mask that is not bool.
+            PlanError: a given plan that something forbids.
 
         Cost: two projections of B by the textbook plan, nothing by context+context.
 
@@ -428,7 +462,10 @@ class CrossAttention(nn.Module):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
-        plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
+        if plan is None:
+            plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
+        elif not plan.is_textbook and not torch.compiler.is_compiling():
+            refuse_illegal(plan, self.forbidden())
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
 
     def extend(

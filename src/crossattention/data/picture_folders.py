@@ -82,8 +82,8 @@ def load_picture_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: fewer than two classes, a class without pictures, files that cannot be read (all are named), a part or a class of
-            the training part without pictures.
+        ValueError: fewer than two classes, a class without pictures, files that cannot be read (the first twenty are named), a part
+            without pictures or a class with none to learn from.
         ModuleNotFoundError: Pillow is missing.
 
     Cost: reads every file once and holds size x size x 3 bytes of each.
@@ -114,12 +114,14 @@ def load_picture_folder(
             paths[part].append(path)
     if broken and not skip_broken:
         raise ValueError(
-            f"{len(broken)} files in {folder} cannot be read:\n  {_listed(broken)}\nmend or remove them; --skip-broken leaves them out"
+            f"{len(broken)} files in {folder} cannot be read:\n  {_listed(broken)}\n"
+            "mend or remove them; --skip-broken leaves them out"
         )
     for part in PARTS:
         if not images[part]:
             raise ValueError(
-                f"none of the {sum(map(len, files.values()))} pictures in {folder} fell into the part {part}; it needs more pictures"
+                f"none of the {sum(map(len, files.values()))} pictures in {folder} fell into the part {part}; add some, or make "
+                "its share larger"
             )
     classes = tuple(files)
     if missing := [name for label, name in enumerate(classes) if label not in labels["train"]]:
@@ -198,8 +200,8 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
         if not files[name]:
             held = "folders" if any(path.is_dir() for path in inside) else "other files" if inside else "nothing"
             raise ValueError(
-                f"expected pictures ({', '.join(ENDINGS)}) in the class folder {folder / name}, found {held}; every folder in the given "
-                "one is a class: name the folder whose folders hold the pictures"
+                f"expected pictures ({', '.join(ENDINGS)}) in the class folder {folder / name}, found {held}; every folder in "
+                f"{folder} is a class: name the folder whose folders hold the pictures"
             )
     return files
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,7 +36,6 @@ from crossattention.layers.feed_forward import FeedForward
 from crossattention.models.pretrained import FAMILIES, Pretrained
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-KINDS = ("encoder", "masked_lm", "decoder")
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -62,10 +61,9 @@ class BertConfig:
         pooler: whether an encoder has the dense layer over the first state.
         head: whether a decoder has the layers that make logits; without them it gives states.
         tied: whether the output projection is the word embedding.
-        pad_id: symbol that fills short sequences up.
-        begin_id: symbol that starts every target ([CLS]).
+        pad_id: symbol that fills short sequences up; its embedding gets no gradient where it is read.
+        begin_id: symbol that starts every target ([CLS]); None where nothing is generated, as for the other two.
         end_id: symbol that ends every target ([SEP]).
-        kind: the model that it is the config of, "encoder", "masked_lm" or "decoder"; a model that gets None fills it in.
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown activation, a symbol outside the vocabulary, an end that is
@@ -88,15 +86,15 @@ class BertConfig:
     pooler: bool = False
     head: bool = True
     tied: bool = True
-    pad_id: int = 0
-    begin_id: int = 101
-    end_id: int = 102
-    kind: str | None = None
+    pad_id: int | None = 0
+    begin_id: int | None = 101
+    end_id: int | None = 102
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.type in ("int", "int | None")):
+        field_types = {field.name: field.type for field in fields(self)}
+        for name in (name for name, kind in field_types.items() if kind in ("int", "int | None")):
             value, lowest = getattr(self, name), 0 if name.endswith("_id") else 1
-            if value is None and name == "context_dim":
+            if value is None and field_types[name] == "int | None":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
@@ -104,17 +102,15 @@ class BertConfig:
             raise ValueError(f"heads must divide dim, got heads={self.heads} for dim={self.dim}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.kind not in (None, *KINDS):
-            raise ValueError(f"kind must be one of {', '.join(KINDS)} or None, got {self.kind!r}")
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not self.norm_eps > 0.0:
             raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
         for name in ("pad_id", "begin_id", "end_id"):
-            if getattr(self, name) >= self.vocab_size:
+            if (getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is outside the {self.vocab_size} symbols")
-        if self.end_id == self.pad_id:
+        if self.end_id is not None and self.end_id == self.pad_id:
             raise ValueError(f"end_id and pad_id must differ, got {self.end_id} for both")
 
 
@@ -148,7 +144,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.dim)
+        self.words = nn.Embedding(config.vocab_size, config.dim, padding_idx=config.pad_id)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.types = nn.Embedding(config.type_vocab_size, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -163,7 +159,7 @@ class Embeddings(nn.Module):
         embeddings: Tensor | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Embeddings (..., n, d) of symbols (..., n), or of word embeddings (..., n, d) in their place; positions from `start` on."""
+        """Embeddings (..., n, d) of symbols (..., n), or of word embeddings (..., n, d) in their place; positions from `start`."""
         words = self.words(ids) if embeddings is None else embeddings
         end = start + words.shape[-2]
         if positions is None and end > self.positions.num_embeddings:
@@ -261,22 +257,9 @@ def _activation(config: BertConfig) -> nn.Module:
     return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
-def _of_kind(config: BertConfig, kind: str) -> BertConfig:
-    """The config, saying what it is of.
-
-    Raises:
-        ValueError: it is of another model.
-    """
-    if config.kind not in (None, kind):
-        raise ValueError(
-            f'the config is of a BERT "{config.kind}", not "{kind}"; build that class, or take replace(config, kind=None)'
-        )
-    return replace(config, kind=kind)
-
-
 @torch.no_grad()
 def _reset_parameters(model: nn.Module) -> None:
-    """Draw all weights anew: matrices and embeddings normal with deviation 0.02, biases 0, norms 1 and 0.
+    """Draw all weights anew: matrices and embeddings normal with deviation 0.02, biases and padding 0, norms 1 and 0.
 
     Source: the authors' code ("initializer_range"), which cuts the normal at two deviations.
     """
@@ -285,6 +268,8 @@ def _reset_parameters(model: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+            if getattr(module, "padding_idx", None) is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, Head):
@@ -305,7 +290,7 @@ class BertEncoder(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`, or of another kind.
+        ValueError: a config with a `context_dim`.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.
 
@@ -330,7 +315,7 @@ class BertEncoder(Pretrained, nn.Module):
             raise ValueError(
                 f"an encoder reads no other states, got context_dim={config.context_dim}; leave it out, or build a BertDecoder"
             )
-        self.config = _of_kind(config, "encoder")
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
@@ -393,7 +378,7 @@ class BertMaskedLM(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a `context_dim`, without a head, or of another kind.
+        ValueError: a config with a `context_dim`, or without a head.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1, task 1.
     """
@@ -411,8 +396,8 @@ class BertMaskedLM(Pretrained, nn.Module):
         super().__init__()
         if not config.head:
             raise ValueError("a masked language model needs its head, got head=False; leave it out, or build a BertEncoder")
-        self.config = _of_kind(config, "masked_lm")
-        self.encoder = BertEncoder(replace(config, kind=None))
+        self.config = config
+        self.encoder = BertEncoder(config)
         self.head = Head(config)
         _reset_parameters(self)
         self.to(device=device, dtype=dtype)
@@ -481,12 +466,13 @@ class BertDecoder(Pretrained, nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: a config with a pooler, or of another kind.
+        ValueError: a config with a pooler.
 
     Source: Rothe et al. 2020, arXiv:1907.12461, section 2.
 
     Example:
-        >>> config = BertConfig(50, dim=16, layers=2, heads=2, feed_forward_dim=32, begin_id=1, end_id=2, causal=True, context_dim=24)
+        >>> sizes = {"dim": 16, "layers": 2, "heads": 2, "feed_forward_dim": 32, "begin_id": 1, "end_id": 2}
+        >>> config = BertConfig(50, **sizes, causal=True, context_dim=24)
         >>> model = BertDecoder(config)
         >>> target, patches = torch.randint(3, 50, (2, 5)), torch.randn(2, 9, 24)
         >>> model(target, patches).shape
@@ -509,7 +495,7 @@ class BertDecoder(Pretrained, nn.Module):
         super().__init__()
         if config.pooler:
             raise ValueError("a decoder has no pooler, got pooler=True; leave it out, or build a BertEncoder")
-        self.config = _of_kind(config, "decoder")
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.head = Head(config) if config.head else None
@@ -689,8 +675,8 @@ class BertDecoder(Pretrained, nn.Module):
                 )
         elif states is None:
             raise ValueError(
-                f"this decoder has cross-attention and reads states (batch, length, {width}), got none; pass encoder_states, or build "
-                "it with BertConfig(context_dim=None)"
+                f"this decoder has cross-attention and reads states (batch, length, {width}), got none; pass encoder_states, or "
+                "build it with BertConfig(context_dim=None)"
             )
 
     def _contexts(self, prepared: Sequence[PreparedContext] | None) -> Sequence[PreparedContext | None]:

@@ -300,15 +300,46 @@ class CrossLayer(nn.Module):
     def read(self, rows: Rows, mask: Tensor | None, query_length: int) -> PreparedContext:
         """Input rows, to be read once by learned queries: as they are, or projected part by part."""
         attention = self.attention
-        if isinstance(rows, Mixture) or not _projects_both(attention, rows, query_length):
+        if isinstance(rows, Mixture) or not self._projects(attention.k_proj.weight.device.type):
             context = self.context_norm(rows.joined())
-            return attention.prepare(context, context_mask=mask, query_length=query_length, uses=1, shares_queries=True)
+            plan = self._plan_of_rows(context, query_length)
+            return attention.prepare(context, context_mask=mask, query_length=query_length, uses=1, shares_queries=True, plan=plan)
         weights = (attention.k_proj.weight, attention.k_proj.bias, attention.v_proj.weight, attention.v_proj.bias)
         made_of = (*weights, self.context_norm.weight, self.context_norm.bias, *rows.made_of())
         parts, shift = self._parts.get(made_of, lambda: self._make_parts(rows))
-        projected = rows.project(parts) / rows.deviation(self.context_norm.eps, parts) + shift
+        projected, deviation = rows.project(parts), rows.deviation(self.context_norm.eps, parts)
+        if projected.requires_grad or torch.compiler.is_compiling():
+            projected = projected / deviation + shift
+        else:  # a long input's keys and values are the largest tensors there are: none is made twice
+            projected.div_(deviation).add_(shift)
         keys, values = projected.to(weights[0].dtype).split((weights[0].shape[0], weights[2].shape[0]), -1)
         return attention.prepare_projected(keys, values, context_mask=mask)
+
+    def _keeps_rows(self) -> bool:
+        """Whether scores and values of the rows themselves take no more products than those of keys and values.
+
+        So it is with one head as wide as a row, as in all published encoders but the language model's: the rows are then read as
+        they are, and neither keys nor values are made or held.
+        """
+        layer = self.attention
+        is_plain = all(type(p) is nn.Linear for p in (layer.k_proj, layer.v_proj))
+        return is_plain and 2 * layer.heads * layer.context_dim <= layer.kv_heads * (layer.head_dim + layer.value_head_dim)
+
+    def _projects(self, device: str) -> bool:
+        """Whether keys and values are made of parts: by the textbook's plan, where reading the rows themselves is no cheaper."""
+        plan = self.attention.plan
+        is_textbook = plan == "textbook" or (not isinstance(plan, str) and plan.is_textbook)
+        is_plain = all(type(p) is nn.Linear for p in (self.attention.k_proj, self.attention.v_proj))
+        chosen = is_textbook or (plan == "auto" and not self._keeps_rows())
+        return chosen and is_plain and not torch.is_autocast_enabled(device)
+
+    def _plan_of_rows(self, context: Tensor, query_length: int) -> Any:
+        """The plan that reads the rows themselves, where that is the cheapest way; None leaves the choice to the layer."""
+        layer = self.attention
+        if layer.plan != "auto" or not self._keeps_rows() or layer.forbidden():
+            return None
+        shape = tuple(context.shape)
+        return layer.plan_between("context", "context", (query_length, layer.query_dim), shape, trains=torch.is_grad_enabled())
 
     def _make_parts(self, rows: Tokens | Grid) -> tuple[Parts, Tensor]:
         """What the projections of keys and values make of weights alone, and what they add to every row; float32 at least."""
@@ -318,16 +349,6 @@ class CrossLayer(nn.Module):
         shift = linear(norm.bias.to(dtype), weight, bias)
         weight = weight * norm.weight.to(dtype)
         return rows.parts(weight - weight.mean(-1, keepdim=True)), shift
-
-
-def _projects_both(attention: CrossAttention, rows: Tokens | Grid, query_length: int) -> bool:
-    """Whether the planner would project the rows to keys and values, which can be done in parts."""
-    if torch.is_autocast_enabled(attention.k_proj.weight.device.type):
-        return False
-    batch = rows.ids.shape[0] if isinstance(rows, Tokens) else rows.features.shape[0]
-    shape = (batch, rows.length, attention.context_dim)
-    plan = attention.plan_for((query_length, attention.query_dim), shape, trains=torch.is_grad_enabled()).plan
-    return plan.is_textbook and all(type(p) is nn.Linear for p in (attention.k_proj, attention.v_proj))
 
 
 class SelfLayer(nn.Module):

@@ -118,9 +118,10 @@ class PictureReader(Pretrained, nn.Module):
         device: device of the weights.
         dtype: dtype of the weights.
 
-    Cost: 2 H W (27 channels / 4 + ...) multiply-adds for the patches, then the decoder's.
-    Source: the decoder: Devlin et al. 2019, arXiv:1810.04805, with cross-attention as in Rothe et al. 2020, arXiv:1907.12461; the
-        answer as a masked word: ViLT and others train so; that each word answers is this project's (dev/LOG.md).
+    Cost: the convolutions', 9 / 4 H W times the product of both widths for the first and a quarter of the pixels for each next one;
+        then the decoder's, whose cross-attention reads m patches.
+    Source: the decoder: Devlin et al. 2019, arXiv:1810.04805, with cross-attention as in Rothe et al. 2020, arXiv:1907.12461; that
+        each word answers is this project's (dev/LOG.md).
 
     Example:
         >>> sizes = {"dim": 16, "layers": 1, "heads": 2, "feed_forward_dim": 32, "context_dim": 16}

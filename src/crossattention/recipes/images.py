@@ -361,7 +361,7 @@ class Classifier:
                 hook.remove()
 
     def heat(self, image: np.ndarray) -> list[tuple[str, Tensor]]:
-        """The same on the grid of the small patches, (h, 1 + rows columns): a large patch's weight lies evenly on what it covers."""
+        """The same on the grid of the small patches, (h, 1 + rows columns): a large patch's weight lies on what it covers."""
         return [(name, self._spread(weights)) for name, weights in self.maps(image)]
 
     def map_of(self, image: np.ndarray) -> PictureMap:

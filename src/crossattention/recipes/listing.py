@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARES = ("per", "wer", "cer", "exact", "accuracy", "attention")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "questions", "pictures", "unreadable")
+COUNTS = ("words", "pairs", "questions", "pictures", "unreadable", "sounds")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -56,6 +56,10 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "seq2seq": Listed(
             "any two-column file: --data pairs.tsv (or .csv, .jsonl, .parquet)",
             "crossattention.recipes.seq2seq",
+        ),
+        "listen": Listed(
+            "spoken words, spelled out: words of the dictionary in several voices, or --data FOLDER of WAV files",
+            "crossattention.recipes.listen",
         ),
         "vqa": Listed(
             "questions about pictures: the words of a question read the picture's patches (easy-vqa, or --data FOLDER)",

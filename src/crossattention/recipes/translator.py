@@ -138,7 +138,7 @@ class Translator:
         answers = [Prediction("", float("-inf"), float("-inf"), is_finished=False)] * len(texts)
         num_done = 0
         with _evaluating(self.model):
-            for rows, found in self._by_length([encoded[index] or [] for index in readable], beams, 1, batch_size):
+            for rows, found in self._by_length([encoded[index] for index in readable], beams, 1, batch_size):
                 for row, hypotheses in zip(rows, found, strict=True):
                     answers[readable[row]] = self._prediction(hypotheses[0])
                 num_done += len(rows)
@@ -182,7 +182,7 @@ class Translator:
         """
         source_ids, target_ids = self._encode(text), self.target.encode(predicted)
         with _evaluating(self.model):
-            self.model(self._tensor([source_ids]), self._tensor([[BEGIN, *target_ids]]))
+            self.model(self._padded([source_ids])[0], self._tensor([[BEGIN, *target_ids]]))
         return self.target.tokens(target_ids)
 
     def _cross_attention_maps(self, source_ids: list[int], decoder_ids: list[int]) -> Tensor:
@@ -192,7 +192,7 @@ class Translator:
         hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
         try:
             with _evaluating(self.model):
-                self.model(self._tensor([source_ids]), self._tensor([decoder_ids]))
+                self.model(self._padded([source_ids])[0], self._tensor([decoder_ids]))
                 return torch.stack([attention_map(layer, *args, **kwargs)[0] for layer, args, kwargs in seen])
         finally:
             for hook in hooks:
@@ -228,7 +228,7 @@ class Translator:
 
     def _encode(self, text: str) -> list[int]:
         ids = self.source.encode(text)
-        if not ids:
+        if not len(ids):
             raise ValueError(f"expected a text to read, got an empty one: {text!r}")
         return ids
 
@@ -250,11 +250,7 @@ class Translator:
             begin = end
 
     def _search(self, sources: list[list[int]], beams: int, num_hypotheses: int) -> list[list[Hypothesis]]:
-        width = max(map(len, sources))
-        source_ids = self._tensor([ids + [PAD] * (width - len(ids)) for ids in sources])
-        source_mask = None
-        if min(map(len, sources)) < width:  # attention without a mask is cheaper
-            source_mask = self._tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources]).bool()
+        source_ids, source_mask = self._padded(sources)
         if beams == 1:
             return [[found] for found in greedy(self.model, source_ids, source_mask, max_length=self.max_length)]
         return beam_search(
@@ -265,6 +261,13 @@ class Translator:
             max_length=self.max_length,
             num_hypotheses=num_hypotheses,
         )
+
+    def _padded(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """Encoded sources as one tensor, and the mask of it if any is filled up: attention without a mask is cheaper."""
+        lengths = [len(source) for source in sources]
+        width = max(lengths)
+        mask = self._tensor([[1] * length + [0] * (width - length) for length in lengths]).bool() if min(lengths) < width else None
+        return self._tensor([[*ids, *[PAD] * (width - len(ids))] for ids in sources]), mask
 
     def _different(self, hypotheses: list[Hypothesis]) -> list[Prediction]:
         """Predictions that differ as texts and hold no UNKNOWN that stands for nothing; at least the best."""

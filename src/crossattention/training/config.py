@@ -43,6 +43,9 @@ class TrainConfig:
         checkpoint_minutes: longest time between two checkpoints; there is one at each evaluation anyway.
         threads: CPU threads of torch; None leaves them as they are.
         device: "auto" takes the GPU where there is one.
+        init: begin with the weights of a run, a model folder, a folder or file of another library or a hub id, in the place of
+            random ones; they must fit in every name and shape.
+        freeze: names of parameters that stay as they are, with wildcards: "encoder.*", or "encoder" for all below it.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -75,9 +78,16 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
     threads: int | None = None
     device: Device = "auto"
+    init: str | None = None
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list
+        if isinstance(self.freeze, str):
+            raise ValueError(f"freeze must be several patterns, got the one text {self.freeze!r}; give ({self.freeze!r},)")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        if self.init is not None:
+            object.__setattr__(self, "init", str(self.init))
         lengths = {name: getattr(self, name) for name in ("minutes", "steps", "epochs")}
         given = {name: value for name, value in lengths.items() if value is not None}
         if len(given) != 1:
@@ -98,7 +108,9 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON holds it; `from_json` is the way back."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        fields = {**dataclasses.asdict(self), "betas": list(self.betas), "freeze": list(self.freeze)}
+        # Absent where they are not used, as in the runs of versions that did not have them.
+        return {name: value for name, value in fields.items() if name not in ("init", "freeze") or value}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:

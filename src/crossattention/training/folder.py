@@ -4,7 +4,8 @@ out/
 config.json       the training settings and the task's description
 metrics.jsonl     the journal (journal.py); tensorboard/ beside it where that is installed
 checkpoints/      step-000123/ ... (state.py)
-best/             the best model as `save_pretrained` writes it, task.json and scores.json
+best/             the best model as `save_pretrained` writes it, task.json and scores.json; init.json where it began with the
+                  weights of another model: which, and their SHA-256
 """
 
 import json
@@ -108,10 +109,16 @@ class RunFolder:
                 + "\nresume with the same settings, or begin a new run in another folder"
             )
 
-    def write_config(self, config: TrainConfig, description: Mapping[str, Any]) -> None:
-        """Make the folder a run's: the settings first, so that a kill at any later moment can be resumed."""
+    def write_config(self, config: TrainConfig, description: Mapping[str, Any], init: Mapping[str, Any] | None = None) -> None:
+        """Make the folder a run's: the settings first, so that a kill at any later moment can be resumed.
+
+        Args:
+            config: the training's settings.
+            description: the task's.
+            init: which weights the run begins with (initial.py); None for random ones.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config_file, _content(config, description))
+        write_json(self.config_file, {**_content(config, description), **({} if init is None else {"init": dict(init)})})
         self.checkpoints.mkdir(exist_ok=True)
 
     def read_config(self) -> dict[str, Any]:
@@ -163,7 +170,9 @@ class RunFolder:
             raise self.explained(error, f"could not write the checkpoint {path}") from error
         return path
 
-    def save_best(self, model: nn.Module, description: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+    def save_best(
+        self, model: nn.Module, description: Mapping[str, Any], scores: Mapping[str, Any], init: Mapping[str, Any] | None = None
+    ) -> None:
         """Replace the best model, in one step.
 
         Raises:
@@ -174,6 +183,8 @@ class RunFolder:
                 model.save_pretrained(beside)
                 write_json(beside / "task.json", dict(description))
                 write_json(beside / "scores.json", dict(scores))
+                if init is not None:
+                    write_json(beside / "init.json", dict(init))
         except OSError as error:
             raise self.explained(error, f"could not write the best model {self.best}") from error
 

@@ -23,6 +23,7 @@ from crossattention.training.budget import Pace, evaluation_steps, is_too_long, 
 from crossattention.training.config import TrainConfig
 from crossattention.training.events import Evaluated, Event, Finished, Interrupted, Saved, Started, Step
 from crossattention.training.folder import RunFolder
+from crossattention.training.initial import freeze, initialise
 from crossattention.training.interruption import Interruption
 from crossattention.training.journal import Journal, finite
 from crossattention.training.optimizers import build_optimizers, load_optimizer_tensors, optimizer_tensors
@@ -159,7 +160,10 @@ class _Run:
             torch.set_num_threads(config.threads)
 
         seed_everything(config.seed)
-        self.model = task.build_model().to(self.device).train()
+        self.model = task.build_model()
+        self.init = self._initialise(resume)
+        self.frozen = freeze(self.model, config.freeze)
+        self.model = self.model.to(self.device).train()
         self.optimizers = build_optimizers(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.prepared: nn.Module = accelerator.prepare(self.model)
@@ -170,9 +174,12 @@ class _Run:
         saved = self._open_folder(resume)
         self._fix_length()
         self._note_warm_up()
+        self._note_beginning()
         resumed_step = self.progress.step if resume else None
         self.journal = Journal(folder.journal_file, folder.tensorboard, resumed_step=resumed_step) if self.is_main else None
-        if saved is not None:
+        if saved is None:
+            self._write_beginning()
+        else:
             restore_random_state(saved.facts["random"][accelerator.process_index])  # last: building draws numbers
 
     def events(self) -> Iterator[Event]:
@@ -213,11 +220,41 @@ class _Run:
 
     # ---- beginning
 
+    def _initialise(self, resume: bool) -> dict[str, Any] | None:
+        """Load the weights to begin with; for a run that goes on from a checkpoint, only say which they were."""
+        if self.config.init is None:
+            return None
+        recorded = self.folder.read_config().get("init") if resume else None
+        if recorded is not None and self.folder.saved_steps():
+            return recorded
+        found = initialise(self.model, self.config.init, self.description)
+        if recorded is not None and recorded["sha256"] != found["sha256"]:
+            raise ValueError(
+                f"{self.config.init} has changed since the run was begun: sha256 {recorded['sha256']} then, {found['sha256']} now; "
+                "put it back, or begin a new run in another folder"
+            )
+        return found
+
+    def _note_beginning(self) -> None:
+        if self.init is not None:
+            digests = ", ".join(f"{name} {digest[:12]}" for name, digest in self.init["sha256"].items())
+            self.notes.append(f"begun with the weights of {self.init['source']} (sha256 of {digests})")
+        if self.frozen:
+            named = dict(self.model.named_parameters(remove_duplicate=False))
+            numbers = sum(p.numel() for p in {named[name] for name in self.frozen})
+            self.notes.append(f"frozen: {numbers:,} numbers in {len(self.frozen)} tensors ({' '.join(self.config.freeze)})")
+
+    def _write_beginning(self) -> None:
+        if self.init is not None:
+            self._write("init", self.init)
+        if self.frozen:
+            self._write("freeze", {"patterns": list(self.config.freeze), "names": self.frozen})
+
     def _open_folder(self, resume: bool) -> State | None:
         """Make the folder a run's, or load what it holds; None where the run begins at step 0."""
         if not resume:
             if self.is_main:
-                self.folder.write_config(self.config, self.description)
+                self.folder.write_config(self.config, self.description, self.init)
             return None
         if self.is_main:
             self.folder.restore()
@@ -455,7 +492,7 @@ class _Run:
             progress.best_step, progress.best_metrics = progress.step, metrics
             if self.is_main:
                 scores = {"step": progress.step, "metric": metric, "metrics": finite(metrics)}
-                self.folder.save_best(self.model, self.description, scores)
+                self.folder.save_best(self.model, self.description, scores, self.init)
         charts = {f"evaluation/{name}": value for name, value in metrics.items()}
         self._write("evaluation", {"metrics": metrics, "is_best": is_best, "seconds": self._elapsed()}, charts)
         return Evaluated(progress.step, metrics, evaluation.sample if evaluation is not None else None, is_best)
