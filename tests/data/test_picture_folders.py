@@ -85,7 +85,7 @@ def test_folders_that_are_none_of_classes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="found nothing"):
         load_picture_folder(tmp_path / "none", 8)
     write(tmp_path / "one" / "1.png")
-    with pytest.raises(ValueError, match="at least two class folders in .*, got one"):
+    with pytest.raises(ValueError, match=r"at least two class folders in .*, got one"):
         load_picture_folder(tmp_path, 8)
     write(tmp_path / "two" / "inner" / "1.png")
     with pytest.raises(ValueError, match=r"class folder .*two, found folders"):

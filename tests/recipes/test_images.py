@@ -125,7 +125,7 @@ def test_a_run_predicts_views_and_scores(run_folder, folder, task, tmp_path):
     assert scores["accuracy_worst_class"] <= scores["accuracy"]
     with pytest.raises(ValueError, match="leave --answer out"):
         run.view(path, "below")
-    with pytest.raises(ValueError, match="1 to 2 answers, .* got 3"):
+    with pytest.raises(ValueError, match=r"1 to 2 answers, .* got 3"):
         run.predict([path], num_hypotheses=3)
     with pytest.raises(FileNotFoundError, match="found nothing"):
         next(run.predict([str(tmp_path / "none.png")]))
@@ -146,7 +146,7 @@ def test_parts_of_two_runs_are_refused(run_folder):
     path = run_folder / "best" / "task.json"
     description = json.loads(path.read_text("utf-8"))
     write_json(path, {**description, "classes": ["a", "b", "c"]})
-    with pytest.raises(ValueError, match="3 classes, config.json 2"):
+    with pytest.raises(ValueError, match=r"3 classes, config\.json 2"):
         load_run(run_folder)
 
 
