@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARES = ("per", "wer", "cer", "exact", "accuracy", "attention")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "questions", "unreadable", "sounds", "masked")
+COUNTS = ("words", "pairs", "questions", "pictures", "unreadable", "sounds", "masked")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -68,6 +68,11 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "vqa": Listed(
             "questions about pictures: the words of a question read the picture's patches (easy-vqa, or --data FOLDER)",
             "crossattention.recipes.vqa",
+            extra="images",
+        ),
+        "images": Listed(
+            "pictures by class: two branches of patches read each other (easy-vqa's shapes, or --data FOLDER of class folders)",
+            "crossattention.recipes.images",
             extra="images",
         ),
     }
