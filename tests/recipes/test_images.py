@@ -84,12 +84,12 @@ def test_the_loss_falls(task):
     model = task.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for step in range(25):
+    for step in range(80):
         optimizer.zero_grad()
         losses.append(task.loss(model, task.batch_at(step)))
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def test_heat_holds_each_fusions_weights_whole_on_the_small_patches(run_folder, folder):

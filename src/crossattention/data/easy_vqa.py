@@ -435,10 +435,10 @@ def read_picture(path: str | Path) -> np.ndarray:
                     f"{path} is {width} x {height} pixels, more than the {LARGEST_SIDE} that a side may have; make it smaller"
                 )
             if picture.mode == "RGB" and "transparency" not in picture.info:
-                return np.asarray(picture, dtype=np.uint8)
+                return np.array(picture, dtype=np.uint8)
             layer = picture.convert("RGBA")
             white = pillow.new("RGBA", layer.size, "white")
-            return np.asarray(pillow.alpha_composite(white, layer).convert("RGB"), dtype=np.uint8)
+            return np.array(pillow.alpha_composite(white, layer).convert("RGB"), dtype=np.uint8)
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable picture ({reason}); expected a PNG, JPEG, GIF, BMP, TIFF or WebP file") from None

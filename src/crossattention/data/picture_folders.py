@@ -136,7 +136,7 @@ def part_of(name: str, valid_share: float, test_share: float) -> str:
 
     Example:
         >>> part_of("cat/1.jpg", 0.1, 0.1), part_of("cat/7.jpg", 0.1, 0.1)
-        ('train', 'train')
+        ('valid', 'train')
     """
     place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
     return "test" if place < test_share else "valid" if place < test_share + valid_share else "train"
@@ -173,7 +173,7 @@ def read_square(path: str | Path, size: int) -> np.ndarray:
                 upright = image_module.alpha_composite(image_module.new("RGBA", layer.size, "white"), layer).convert("RGB")
             if upright.size != (size, size):
                 upright = operations.fit(upright, (size, size), image_module.Resampling.BICUBIC)
-            return np.asarray(upright, dtype=np.uint8)
+            return np.array(upright, dtype=np.uint8)
     except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable picture ({reason}); expected a PNG or JPEG file") from None
