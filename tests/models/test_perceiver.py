@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ CONFIGS = {
     "flow": PerceiverIOConfig(FlowInput((6, 4), bands=3, dim=8), FlowOutput(), **CORE),
     "video": PerceiverIOConfig(VIDEO, VideoOutput(9, label_dim=11), **CORE),
 }
+
+QUICK = ("text", "flow")
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> PerceiverIO:
@@ -164,7 +168,7 @@ def calls_of(model: PerceiverIO, inputs: object) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_depends_on_weights_alone_is_made_once(name: str) -> None:
     model, inputs = model_of(name), inputs_of(name)
     first = calls_of(model, inputs)
@@ -194,7 +198,7 @@ def test_the_position_part_of_keys_and_values_is_kept_where_images_are_projected
     assert (model.encoder._parts._value is None) == torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("change", ["in place", "optimizer", "load", "cast"])
 def test_nothing_kept_goes_stale(name: str, change: str) -> None:
     model, other = model_of(name), model_of(name)
@@ -345,6 +349,7 @@ def test_patches_stand_around_their_pixels() -> None:
     assert torch.equal(model(frames), model(patches))
 
 
+@pytest.mark.slow
 def test_a_stem_with_deepminds_padding_gives_a_quarter_of_each_side() -> None:
     for padding, rows in (("same", 56 * 56), ("transformers", 55 * 55)):
         config = PerceiverIOConfig(ImageInput(stem="conv", bands=2, padding=padding), ClassOutput(3), **CORE)
@@ -367,7 +372,7 @@ def test_hidden_kinds_of_a_video_are_not_read() -> None:
 # --------------------------------------------------------------------------------------------------- construction
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_model_is_saved_and_loaded(name: str, tmp_path) -> None:
     model, inputs = model_of(name), inputs_of(name)
     model.save_pretrained(tmp_path / "model")
@@ -379,8 +384,9 @@ def test_a_model_is_saved_and_loaded(name: str, tmp_path) -> None:
         assert torch.equal(out[kind], wanted[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_narrower_numbers_are_near(name: str, dtype: torch.dtype) -> None:
     model, inputs = model_of(name), inputs_of(name)
     narrow = PerceiverIO(model.config, dtype=dtype).eval()
@@ -459,3 +465,27 @@ def test_configurations_that_make_no_sense_are_refused(changes: dict[str, object
 def test_an_output_needs_its_input() -> None:
     with pytest.raises(ValueError, match="FlowOutput needs a FlowInput, got TextInput"):
         PerceiverIO(replace(TEXT, outputs=FlowOutput()))
+
+
+# ------------------------------------------------------------------------------------------------------ full size
+
+
+@pytest.mark.slow
+def test_more_output_queries_take_no_more_memory_than_a_block_of_them() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    def most_held(count: int) -> int:
+        where = torch.arange(count)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            model.decode(latents, {"image": where})
+        events = recorded.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        return max(accumulate((change for _, change in changes), initial=0))
+
+    config = replace(CONFIGS["video"], inputs=VideoInput(frames=2, size=(256, 256), audio_samples=32, num_labels=7))
+    model = PerceiverIO(config).eval()
+    with torch.no_grad():
+        latents = torch.randn(1, 5, 24)
+        block, many = most_held(perceiver.BLOCK_QUERIES), most_held(5 * perceiver.BLOCK_QUERIES)
+    answers = 5 * perceiver.BLOCK_QUERIES * 3 * 4
+    assert many <= block * 1.1 + answers

@@ -108,7 +108,7 @@ def assert_same(ours: object, theirs: object) -> None:
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float64", "float32"])
 @pytest.mark.parametrize("architecture", family.ARCHITECTURES)
 def test_outputs_are_theirs(architecture: str, dtype: torch.dtype) -> None:
     ours, theirs = models(architecture, dtype)
@@ -120,6 +120,7 @@ def test_outputs_are_theirs(architecture: str, dtype: torch.dtype) -> None:
     assert_same(ours(inputs), wanted)  # and where gradients flow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", family.ARCHITECTURES)
 def test_gradients_are_theirs(architecture: str) -> None:
     ours, theirs = models(architecture)
@@ -139,6 +140,7 @@ def test_gradients_are_theirs(architecture: str) -> None:
         assert_same(torch.zeros_like(grad) if mine is None else mine, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", family.ARCHITECTURES)
 def test_masked_inputs_are_as_theirs_where_a_row_is_live(architecture: str) -> None:
     ours, theirs = models(architecture)
@@ -153,6 +155,7 @@ def test_masked_inputs_are_as_theirs_where_a_row_is_live(architecture: str) -> N
     assert_same(ours(inputs, mask), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", family.ARCHITECTURES)
 def test_weights_and_configuration_go_both_ways(architecture: str) -> None:
     ours, theirs = models(architecture)
@@ -170,6 +173,7 @@ def test_weights_and_configuration_go_both_ways(architecture: str) -> None:
         assert_same(ours(inputs), theirs_of(architecture, again, inputs))
 
 
+@pytest.mark.slow
 def test_the_video_model_answers_for_a_subset_of_places_as_theirs() -> None:
     ours, theirs = models(family.VIDEO)
     inputs = inputs_of(family.VIDEO)
@@ -206,6 +210,7 @@ def test_what_their_code_has_fixed_is_refused() -> None:
         family.config_to_ours({"architectures": [family.LANGUAGE], "hidden_act": "relu"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "count"),
     [

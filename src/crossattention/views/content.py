@@ -227,6 +227,7 @@ class AttentionView:
         queries: the side that reads.
         context: the side that is read.
         layers: at least one; all between these two sides.
+        notes: sentences for the page's foot, such as how the weights were made.
 
     Raises:
         ValueError: no layers, an empty side, a layer that does not fit the sides.
@@ -236,8 +237,10 @@ class AttentionView:
     queries: Side
     context: Side
     layers: tuple[AttentionLayer, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", _texts("notes", self.notes))
         object.__setattr__(self, "layers", tuple(self.layers))
         n, m = self.queries.length, self.context.length
         if not self.layers or n < 1 or m < 1:

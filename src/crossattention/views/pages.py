@@ -116,8 +116,10 @@ def write_page(
     else:
         data: dict[str, Any] = {"queries": _side(view.queries), "context": _side(view.context), "start": start}
         data["names"] = [[shown(one.name), shown(one.kind)] for one in view.layers]
+        data["notes"] = list(map(shown, view.notes))
         frame = len(_page(data, view.title, ATTENTION).encode())
-        data["layers"], data["notes"] = packed_layers(view, max_bytes - frame - ROOM_FOR_NOTES)
+        data["layers"], left_out = packed_layers(view, max_bytes - frame - ROOM_FOR_NOTES)
+        data["notes"] += left_out
         page = _page(data, view.title, ATTENTION).encode()
     write_whole(path, page)
     return path
