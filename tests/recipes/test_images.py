@@ -187,13 +187,13 @@ def test_scikit_learns_digits_are_learnt_on_the_command_line(tmp_path, capsys):
         "8",
         "--shift",
         "1",
-        "--model.patch-sizes",
+        "--patch-sizes",
         "1",
         "2",
-        "--model.dims",
+        "--dims",
         "24",
         "32",
-        "--model.heads",
+        "--heads",
         "3",
         "4",
     ]
@@ -201,7 +201,7 @@ def test_scikit_learns_digits_are_learnt_on_the_command_line(tmp_path, capsys):
     assert main(["train", "images", "--data", str(tmp_path / "digits"), "--out", out, *settings, *length]) == 0
     capsys.readouterr()
     assert main(["evaluate", out, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.9
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] > 0.9
     assert main(["predict", out, str(tmp_path / "digits" / "3" / "3.png"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predictions"][0]["text"] == "3"
     assert main(["view", out, str(tmp_path / "digits" / "3" / "3.png"), "-o", str(tmp_path / "page.html")]) == 0
