@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose line holds all of these")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
-    parser.add_argument("--modes", nargs="*", default=["forward", "training", "greedy"], help="first words of the modes")
+    parser.add_argument(
+        "--modes", nargs="*", default=["forward", "training", "greedy", "generation"], help="first words of the modes"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that are timed even where the budget is spent")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a case after which no round is begun")

@@ -140,8 +140,7 @@ def test_formats_that_the_model_cannot_have_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_model_is_refused_with_the_known_families(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
-    of_none = r"\(model_type 'llama', architectures \['LlamaForCausalLM'\]\) is of no known family. Known are:"
-    message = of_none + r"\n  (.*\n  )*transformer_marian: "
+    message = r"(?s)\(model_type 'llama', architectures \['LlamaForCausalLM'\]\) is of no known family.*\n  transformer_marian: "
     with pytest.raises(ValueError, match=message):
         convert(tmp_path, tmp_path / "x")
     (tmp_path / "config.json").unlink()

@@ -148,6 +148,8 @@ def test_a_letter_names_the_time_that_it_reads_and_the_sound_can_be_played(show)
     assert browser.evaluate("document.querySelector('audio').duration") == pytest.approx(0.8, abs=0.01)
     buttons = browser.evaluate("[...document.querySelectorAll('button.plain')].map(b => b.textContent)")
     assert buttons == ["▶ 0.20\u20130.28 s: 0.800"]
+    letters = browser.evaluate("crossattentionPage.panels.find((panel) => panel.placed).placed")
+    assert letters[1] == ["b", pytest.approx(0.21)]  # over the first of the spans that it reads most
     assert browser.complaints == []
 
 

@@ -8,6 +8,7 @@ from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.plan import Plan
 
 __all__ = [
     "CrossAttention",
@@ -16,6 +17,7 @@ __all__ = [
     "Once",
     "Part",
     "Partial",
+    "Plan",
     "PositionPart",
     "PreparedContext",
     "PreparedQueries",

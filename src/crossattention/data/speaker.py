@@ -62,7 +62,7 @@ class Speaker:
             self._voice = voice
         self._heard = array.array("h")
         if self._can_seed:
-            self._library.espeak_ng_SetRandSeed(1)  # of the noise in hisses: the same word sounds the same
+            self._library.espeak_ng_SetRandSeed(1)  # of the noise in hisses: the same words in the same order sound the same
         data = text.encode()
         self._library.espeak_Synth(data, len(data) + 1, 0, _POSITION_OF_CHARACTER, 0, _UTF8, None, None)
         self._library.espeak_Synchronize()

@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossattention.attention.cross_attention import CrossAttention
-from crossattention.attention.self_attention import SelfAttention
+from crossattention.attention import CrossAttention, Plan, SelfAttention
 from crossattention.layers.feed_forward import FeedForward
 from crossattention.layers.resizing import resize_bicubic
 from crossattention.models.pretrained import Pretrained
@@ -40,6 +39,13 @@ CONVOLUTIONS: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((7, 4, 3), (3, 2, 1), (3, 2, 1)),
 }
 """Kernel, stride and padding of the three convolutions that may take the place of the linear patch embedding, by patch size."""
+
+ABSORBED = Plan("context", "context")
+"""The plan of a fusion: its query and its result come to the patches, so that the projections of these are absorbed.
+
+Pinned, so that compiled and exported graphs run it too. Where an adapter takes the place of a projection, set
+`fusion.attention.plan = "auto"`.
+"""
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -143,7 +149,7 @@ class CrossViTConfig:
     def depth_rates(self) -> list[list[float]]:
         """Rate of stochastic depth, by encoder and layer of its longer branch."""
         depth = max(self.layers)
-        rates = torch.linspace(0.0, self.stochastic_depth, self.encoders * depth).tolist()
+        rates = torch.linspace(0.0, self.stochastic_depth, self.encoders * depth, device="cpu").tolist()
         return [rates[start : start + depth] for start in range(0, len(rates), depth)]
 
     def _patches_along(self, side: int, patch: int) -> int:
@@ -300,7 +306,7 @@ class Fusion(nn.Module):
         self.enter_norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.enter_proj = nn.Linear(dim, other)
         self.attention_norm = nn.LayerNorm(other, eps=config.norm_eps)
-        self.attention = CrossAttention(other, heads=config.heads[1 - branch])
+        self.attention = CrossAttention(other, heads=config.heads[1 - branch], plan=ABSORBED)
         self.residual = StochasticDepth(rate)
         self.leave_norm = nn.LayerNorm(other, eps=config.norm_eps)
         self.leave_proj = nn.Linear(other, dim)

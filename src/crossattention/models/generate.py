@@ -5,16 +5,17 @@ queries (z, r, 1, d): neither the source nor its projections are copied for them
 self-attention caches. Sources that are done leave the batch, so the others stop paying for them.
 
 Scores are normalised by length as in the paper: log-probability / ((5 + length) / 6)^alpha, the end symbol counted.
-Padding and the begin symbol are never generated.
+Padding and the begin symbol are never generated. Both can be had as in Hugging Face's `generate` (`BeamRules`, `never`), which then
+gives the same symbols.
 
 Legend: z batch, r beams or samples of one source, k hypotheses kept, t symbols so far, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,14 @@ PAPER_LENGTH_PENALTY = 0.6
 
 
 class Symbols(Protocol):
-    """The symbols that generation must know of a model's config."""
+    """The symbols that generation must know of a model's config; a model whose config says None for one cannot generate."""
 
     @property
-    def pad_id(self) -> int: ...  # noqa: D102
+    def pad_id(self) -> int | None: ...  # noqa: D102
     @property
-    def begin_id(self) -> int: ...  # noqa: D102
+    def begin_id(self) -> int | None: ...  # noqa: D102
     @property
-    def end_id(self) -> int: ...  # noqa: D102
+    def end_id(self) -> int | None: ...  # noqa: D102
 
 
 class Cache(Protocol):
@@ -86,6 +87,59 @@ class Hypothesis:
     rows: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class BeamRules:
+    """Where beam searches differ: what a score is divided by, when a source is done, what the length limit cuts.
+
+    Args:
+        divisor: "wu": ((5 + length) / 6)^alpha; "length": length^alpha.
+        stop: a source is done "proven": when `beams` hypotheses have finished, or when no live beam can be among those asked for
+            any more, whatever follows; "full": when `beams` have finished, or as in "estimated"; "estimated": when `beams` have
+            finished and the best live beam, as if it ended now, is worse than the worst of them; "longest": the same as if it
+            ended at the length limit, where alpha favours length.
+        cut: sequences that the length limit cuts stand "last", after all finished ones, or compete by "score" with them.
+
+    Raises:
+        ValueError: an unknown choice.
+
+    Example:
+        >>> BeamRules.huggingface()  # as `generate` with early_stopping=False; its length_penalty is 1.0 unless told otherwise
+        BeamRules(divisor='length', stop='estimated', cut='score')
+    """
+
+    divisor: Literal["wu", "length"] = "wu"
+    stop: Literal["proven", "full", "estimated", "longest"] = "proven"
+    cut: Literal["last", "score"] = "last"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("divisor", ("wu", "length")),
+            ("stop", ("proven", "full", "estimated", "longest")),
+            ("cut", ("last", "score")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def huggingface(cls, early_stopping: bool | str = False) -> BeamRules:
+        """The rules of `transformers`' `generate`.
+
+        Its symbols come out with `beam_search(..., length_penalty=1.0, rules=BeamRules.huggingface(), never=())`, as it generates
+        padding and the begin symbol too.
+
+        Args:
+            early_stopping: as there: False, True or "never".
+
+        Raises:
+            ValueError: another value.
+        """
+        stops: dict[bool | str, Literal["full", "estimated", "longest"]]
+        stops = {False: "estimated", True: "full", "never": "longest"}
+        if not isinstance(early_stopping, bool | str) or early_stopping not in stops:
+            raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
+        return cls("length", stops[early_stopping], "score")
+
+
 @torch.no_grad()
 def greedy(
     model: Decodable,
@@ -94,6 +148,7 @@ def greedy(
     *,
     max_length: int,
     length_penalty: float = PAPER_LENGTH_PENALTY,
+    never: Collection[int] | None = None,
 ) -> list[Hypothesis]:
     """Take the most probable symbol at every step.
 
@@ -103,17 +158,18 @@ def greedy(
         source_mask: bool, True = real.
         max_length: most symbols to generate, the end included.
         length_penalty: alpha of the score; it does not change the symbols.
+        never: symbols that are never generated; default padding and the begin symbol.
 
     Returns:
         One hypothesis a source.
 
     Raises:
-        ValueError: a model in training mode, `max_length` below 1.
+        ValueError: a model in training mode or without begin, end or padding symbol, `max_length` below 1.
 
     Cost: one encoding, and at most `max_length` steps of the decoder.
     """
     rows = _watched(
-        model, lambda: _roll_out(model, source_ids, source_mask, 1, max_length, length_penalty, lambda logp: logp.argmax(-1))
+        model, lambda: _roll_out(model, source_ids, source_mask, 1, max_length, length_penalty, lambda logp: logp.argmax(-1), never)
     )
     return [row[0] for row in rows]
 
@@ -131,6 +187,7 @@ def sample(
     max_length: int,
     length_penalty: float = PAPER_LENGTH_PENALTY,
     generator: torch.Generator | None = None,
+    never: Collection[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Draw each symbol from the model's distribution.
 
@@ -145,13 +202,14 @@ def sample(
         max_length: most symbols to generate, the end included.
         length_penalty: alpha of the score; it does not change the symbols.
         generator: source of randomness, on the device of the logits.
+        never: symbols that are never generated; default padding and the begin symbol.
 
     Returns:
         For each source its samples in the order drawn. Their probabilities are the model's own, whatever was drawn from.
 
     Raises:
-        ValueError: a model in training mode; `num_samples`, `max_length` or `top_k` below 1; a temperature not above 0; `top_p`
-            outside (0, 1].
+        ValueError: a model in training mode or without begin, end or padding symbol; `num_samples`, `max_length` or `top_k` below
+            1; a temperature not above 0; `top_p` outside (0, 1].
 
     Cost: one encoding, and at most `max_length` steps of the decoder with r targets a source.
     Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
@@ -169,7 +227,7 @@ def sample(
         drawn = torch.multinomial(kept.softmax(-1).flatten(0, 1), 1, generator=generator)
         return drawn.view(log_probs.shape[:2])
 
-    return _watched(model, lambda: _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw))
+    return _watched(model, lambda: _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw, never))
 
 
 @torch.no_grad()
@@ -182,13 +240,15 @@ def beam_search(
     length_penalty: float = PAPER_LENGTH_PENALTY,
     max_length: int,
     num_hypotheses: int = 1,
+    rules: BeamRules = BeamRules(),
+    never: Collection[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Search for the sequences of highest score, keeping the `beams` best unfinished ones at every step.
 
     An extension by the end symbol finishes if it is among the `beams` best extensions; the `beams` best others live on. A source is
     done when `beams` hypotheses have finished, or when no live beam can beat the worst of the `num_hypotheses` best any more: its
     log-probability can only fall, so its score stays below what it would be at the most favourable length. The second rule never
-    changes the result. One beam is greedy search.
+    changes the result. One beam is greedy search. `rules` gives other libraries' searches.
 
     Args:
         model: a model in evaluation mode.
@@ -198,13 +258,16 @@ def beam_search(
         length_penalty: alpha; 0 compares log-probabilities, higher favours longer sequences.
         max_length: most symbols to generate, the end included.
         num_hypotheses: how many to return of each source, k; at most `beams`.
+        rules: what a score is divided by, when a source is done, what the limit cuts; `BeamRules.huggingface()` is `generate`'s.
+        never: symbols that are never generated; default padding and the begin symbol.
 
     Returns:
         For each source its hypotheses, finished ones before those cut by the length limit, each by score; fewer than asked for
         only if the vocabulary and the limit allow no more.
 
     Raises:
-        ValueError: a model in training mode; `beams`, `max_length` or `num_hypotheses` below 1; more hypotheses than beams.
+        ValueError: a model in training mode or without begin, end or padding symbol; `beams`, `max_length` or `num_hypotheses`
+            below 1; more hypotheses than beams.
 
     Cost: one encoding, and at most `max_length` steps of the decoder with r targets a source.
     Source: Vaswani et al. 2017, section 6.1; the penalty: Wu et al. 2016, arXiv:1609.08144, eq. 14.
@@ -213,7 +276,8 @@ def beam_search(
     _check_at_least_one("num_hypotheses", num_hypotheses)
     if num_hypotheses > beams:
         raise ValueError(f"num_hypotheses must be at most beams, got {num_hypotheses} of {beams} beams; search with more beams")
-    return _watched(model, lambda: _search(model, source_ids, source_mask, beams, length_penalty, max_length, num_hypotheses))
+    wanted = Wanted(beams, num_hypotheses, LengthPenalty(length_penalty, max_length, rules), never)
+    return _watched(model, lambda: _search(model, source_ids, source_mask, wanted))
 
 
 # ---------------------------------------------------------------------------------------------- the two ways to grow
@@ -233,34 +297,48 @@ def _watched(model: Decodable, generate: Callable[[], list[list[Hypothesis]]]) -
     return found
 
 
-def _search(
-    model: Decodable,
-    source_ids: Tensor,
-    source_mask: Tensor | None,
-    beams: int,
-    length_penalty: float,
-    max_length: int,
-    num_hypotheses: int,
-) -> list[list[Hypothesis]]:
+@dataclass(frozen=True)
+class Wanted:
+    """What a beam search is asked for."""
+
+    beams: int
+    num_hypotheses: int
+    penalty: LengthPenalty
+    never: Collection[int] | None
+
+    @property
+    def num_kept(self) -> int:
+        """How many finished hypotheses to keep: what is asked for, or as many as there are beams where these end the search."""
+        return self.num_hypotheses if self.penalty.rules.stop == "proven" else self.beams
+
+    def is_done(self, live: _Targets, kept: _Targets, num_finished: Tensor) -> Tensor:
+        """Whether a source (z,) is done."""
+        is_full = num_finished >= self.beams
+        cannot_win = ~_can_still_win(live, kept, self.num_kept, self.penalty)
+        return is_full | cannot_win if self.penalty.rules.stop in ("proven", "full") else cannot_win
+
+
+def _search(model: Decodable, source_ids: Tensor, source_mask: Tensor | None, wanted: Wanted) -> list[list[Hypothesis]]:
     """Grow `beams` targets of each source until none can win any more."""
-    prepared = _prepare(model, source_ids, source_mask, beams, max_length)
-    config, penalty = model.config, LengthPenalty(length_penalty, max_length)
+    beams, penalty = wanted.beams, wanted.penalty
+    prepared = _prepare(model, source_ids, source_mask, beams, penalty.max_length)
+    config = model.config
     live = _Targets.begin(source_ids, 1, config)
     kept = live.pick(torch.zeros_like(live.lengths[:, :0]))  # none yet
     num_finished = torch.zeros_like(live.sources)
     is_done = torch.zeros_like(live.sources, dtype=torch.bool)
     dropped: list[_Targets] = []
     caches: Sequence[Cache] | None = None
-    for length in range(1, max_length + 1):
+    for length in range(1, penalty.max_length + 1):
         logits, caches = model.step(live.newest, prepared, caches)
-        ended, live, parents = _grow(live, _log_probabilities(logits, config), beams, config.end_id)
-        ended = ended.where(~is_done)
+        grown, live, parents = _grow(live, _log_probabilities(logits, config, wanted.never), beams, config.end_id)
+        ended = grown.where(grown.is_finished & ~is_done.unsqueeze(-1))
         num_finished = num_finished + ended.exists.sum(-1)
-        kept = kept.join(ended, config.pad_id).best(num_hypotheses, penalty)
-        is_done = is_done | (num_finished >= beams) | ~_can_still_win(live, kept, num_hypotheses, penalty)
-        if length == max_length:
-            kept = kept.join(live, config.pad_id).first(num_hypotheses)
+        if length == penalty.max_length:
+            kept = _with_cut(kept, ended, grown.where(~is_done), live, wanted, config.pad_id)
             break
+        kept = kept.join(ended, config.pad_id).best(wanted.num_kept, penalty)
+        is_done = is_done | wanted.is_done(live, kept, num_finished)
         rows = torch.arange(len(is_done), device=is_done.device)
         if (going := _rows_to_go_on(is_done)) is not None:
             dropped.append(kept.select(is_done.nonzero()[:, 0]))
@@ -271,7 +349,16 @@ def _search(
                 break
         survivors = (rows.unsqueeze(-1) * logits.shape[1] + parents[rows]).flatten()
         caches = [cache.select(survivors) for cache in caches]
-    return _hypotheses([*dropped, kept], source_ids.shape[0], penalty)
+    found = _hypotheses([*dropped, kept], source_ids.shape[0], penalty)
+    return [hypotheses[: wanted.num_hypotheses] for hypotheses in found]
+
+
+def _with_cut(kept: _Targets, ended: _Targets, grown: _Targets, live: _Targets, wanted: Wanted, pad_id: int) -> _Targets:
+    """What is kept at the length limit, where no target lives on: those cut stand last, or compete with the others."""
+    if wanted.penalty.rules.cut == "score":
+        return kept.join(grown, pad_id).best(wanted.num_kept, wanted.penalty)
+    finished = kept.join(ended, pad_id).best(wanted.num_kept, wanted.penalty)
+    return finished.join(live, pad_id).first(wanted.num_kept)
 
 
 def _roll_out(
@@ -282,6 +369,7 @@ def _roll_out(
     max_length: int,
     length_penalty: float,
     choose: Callable[[Tensor], Tensor],
+    never: Collection[int] | None,
 ) -> list[list[Hypothesis]]:
     """Extend r targets of each source by what `choose` takes of log-probabilities (z, r, V), each until it ends."""
     prepared = _prepare(model, source_ids, source_mask, repeats, max_length)
@@ -291,7 +379,7 @@ def _roll_out(
     caches: Sequence[Cache] | None = None
     for _ in range(max_length):
         logits, caches = model.step(targets.newest, prepared, caches)
-        log_probs = _log_probabilities(logits, config)
+        log_probs = _log_probabilities(logits, config, never)
         targets = targets.extend(choose(log_probs), log_probs, config)
         is_done = targets.is_finished.all(-1)
         if (going := _rows_to_go_on(is_done)) is not None:
@@ -306,7 +394,7 @@ def _roll_out(
 
 
 def _grow(live: _Targets, log_probs: Tensor, beams: int, end_id: int) -> tuple[_Targets, _Targets, Tensor]:
-    """What ends and what lives on of all extensions of live beams, and the beam (z, r) that each of the latter extends."""
+    """The `beams` best extensions of live beams; the best that live on; and the beam (z, r) that each of the latter extends."""
     total = (live.log_probs.unsqueeze(-1) + log_probs).flatten(1)
     # Each beam ends at most once, so among twice as many candidates there are enough that live on.
     best, index = total.topk(min(2 * beams, total.shape[1]))
@@ -318,7 +406,7 @@ def _grow(live: _Targets, log_probs: Tensor, beams: int, end_id: int) -> tuple[_
     candidates = _Targets(live.sources, ids, best, candidates.lengths + 1, is_end, rows)
     in_beam = torch.arange(best.shape[1], device=best.device) < beams
     going = best.masked_fill(is_end, -torch.inf).topk(min(beams, best.shape[1])).indices
-    return candidates.where(is_end & in_beam), candidates.where(~is_end).pick(going), parents.gather(1, going)
+    return candidates.where(in_beam.expand_as(is_end)), candidates.where(~is_end).pick(going), parents.gather(1, going)
 
 
 def _can_still_win(live: _Targets, kept: _Targets, wanted: int, penalty: LengthPenalty) -> Tensor:
@@ -339,23 +427,31 @@ def _rows_to_go_on(is_done: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class LengthPenalty:
-    """Scores out of log-probabilities: log-probability / ((5 + length) / 6)^alpha, up to a length."""
+    """Scores out of log-probabilities: log-probability / ((5 + length) / 6)^alpha, or / length^alpha, up to a length."""
 
     alpha: float
     max_length: int
+    rules: BeamRules = BeamRules()
 
     def score(self, targets: _Targets) -> Tensor:
         """Scores (z, c); -inf where there is no target."""
         return targets.log_probs / self._divisor(targets.lengths, targets.log_probs.dtype)
 
     def bound(self, targets: _Targets) -> Tensor:
-        """What no extension of the targets can exceed (z, c): no further symbol costs anything, the length is the best for it."""
+        """What no extension of the targets exceeds (z, c): no further symbol costs anything, the length is the best for it.
+
+        With the rules "full" and "estimated" the length is what it is, with "longest" the limit where alpha favours length: not a
+        bound, but what those rules compare.
+        """
         lengths, dtype = targets.lengths, targets.log_probs.dtype
         last = torch.full_like(lengths, self.max_length)
-        return targets.log_probs / torch.maximum(self._divisor(lengths + 1, dtype), self._divisor(last, dtype))
+        if self.rules.stop == "proven":
+            return targets.log_probs / torch.maximum(self._divisor(lengths + 1, dtype), self._divisor(last, dtype))
+        return targets.log_probs / self._divisor(last if self.rules.stop == "longest" and self.alpha > 0.0 else lengths, dtype)
 
     def _divisor(self, lengths: Tensor, dtype: torch.dtype) -> Tensor:
-        return ((5.0 + lengths.to(dtype)) / 6.0) ** self.alpha
+        lengths = lengths.to(dtype)
+        return (lengths if self.rules.divisor == "length" else (5.0 + lengths) / 6.0) ** self.alpha
 
 
 @dataclass(frozen=True)
@@ -465,14 +561,21 @@ def _prepare(model: Decodable, source_ids: Tensor, source_mask: Tensor | None, r
     _check_at_least_one("max_length", max_length)
     if getattr(model, "training", False):
         raise ValueError("the model is in training mode, so dropout would change what it generates; call model.eval() first")
+    if missing := [name for name in ("pad_id", "begin_id", "end_id") if getattr(model.config, name) is None]:
+        raise ValueError(
+            f"the model's config has no {' and no '.join(missing)}, so it cannot generate; build it with these symbols"
+        )
     states = model.encode(source_ids, source_mask)
     return model.prepare(states, source_mask, uses=max_length, query_length=1, repeats=repeats)
 
 
-def _log_probabilities(logits: Tensor, config: Symbols) -> Tensor:
-    """Log-probabilities (z, r, V), in float32 at least; -inf for padding and the begin symbol, which are never generated."""
+def _log_probabilities(logits: Tensor, config: Symbols, never: Collection[int] | None) -> Tensor:
+    """Log-probabilities (z, r, V), in float32 at least; -inf for what is never generated, if not said padding and begin."""
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    log_probs[..., sorted({config.pad_id, config.begin_id} - {config.end_id})] = -torch.inf
+    if never is None:
+        never = {config.pad_id, config.begin_id} - {config.end_id}
+    if never:
+        log_probs[..., sorted(never)] = -torch.inf
     return log_probs
 
 

@@ -22,9 +22,14 @@ FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
 
 FAMILIES: dict[str, tuple[str, str]] = {
+    "bert_decoder": ("crossattention.models.bert", "BertDecoder"),
+    "bert_encoder": ("crossattention.models.bert", "BertEncoder"),
+    "bert_masked_lm": ("crossattention.models.bert", "BertMaskedLM"),
     "crossvit": ("crossattention.models.crossvit", "CrossViT"),
+    "encoder_decoder": ("crossattention.models.bert", "EncoderDecoder"),
     "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
+    "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""

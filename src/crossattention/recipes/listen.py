@@ -265,8 +265,9 @@ class ListenRun(Run):
         """Score the run on sounds that training never heard.
 
         Returns:
-            cer, wer, exact, diagonal (see `SoundTranslator.diagonality`, mean over 100 sounds with their texts) and sounds; for
-            spoken words the same with `_new_voice` (those words in the held-out voice) and `_known_words` (words of training in it).
+            cer, wer, exact, diagonal (see `SoundTranslator.diagonality`; mean over 100 sounds and what is said) and sounds, how
+            many; for spoken words the same with `_new_voice` (those words in the held-out voice) and `_known_words` (words of
+            training in that voice).
 
         Raises:
             FileNotFoundError, ModuleNotFoundError: the data cannot be had.

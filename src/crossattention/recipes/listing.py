@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 if TYPE_CHECKING:
     from crossattention.recipes.recipe import RecipeModule
 
-SHARES = ("per", "wer", "cer", "exact", "accuracy")
+SHARES = ("per", "wer", "cer", "exact", "accuracy", "attention")
 """Scores that are shares of 1, by how their names begin: shown as percentages."""
 
-COUNTS = ("words", "pairs", "unreadable", "sounds", "masked")
+COUNTS = ("words", "pairs", "questions", "pictures", "unreadable", "sounds", "masked")
 """Scores that are numbers of examples: shown whole, and left out where a line is short."""
 
 
@@ -64,6 +64,16 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
         "listen": Listed(
             "spoken words, spelled out: words of the dictionary in several voices, or --data FOLDER of WAV files",
             "crossattention.recipes.listen",
+        ),
+        "vqa": Listed(
+            "questions about pictures: the words of a question read the picture's patches (easy-vqa, or --data FOLDER)",
+            "crossattention.recipes.vqa",
+            extra="images",
+        ),
+        "images": Listed(
+            "pictures by class: two branches of patches read each other (easy-vqa's shapes, or --data FOLDER of class folders)",
+            "crossattention.recipes.images",
+            extra="images",
         ),
     }
 )

@@ -1,6 +1,7 @@
 // Sound: its spectrogram over time, below it what each span receives, and the sound itself to be played, whole or by span.
 
 const SPECTRUM_HEIGHT = 150, LANE = 70, AXIS = 20, MARGIN = 46;
+const MOST_LETTERS = 300, LETTER_HEIGHT = 20;
 
 class Sound {
   constructor(side, page) {
@@ -49,6 +50,7 @@ class Sound {
     if (found) this.lane(context, x, found);
     const chosen = side.isRead ? shown.position : shown.query;
     if (chosen !== null) this.outline(context, x, chosen, chosen + 1, styleOf("--mark"));
+    this.letters(context, x, shown);
     if (this.audio.currentTime > 0) {
       context.fillStyle = styleOf("--mark");
       context.fillRect(x(this.audio.currentTime) - 1, 0, 2, SPECTRUM_HEIGHT + LANE + 4);
@@ -106,6 +108,33 @@ class Sound {
       context.fillRect(from, bottom - height, Math.max(0.75, to - from - (to - from > 3 ? 1 : 0)), height);
     }
     for (const [first, end] of this.strongest(values, largest)) this.outline(context, x, first, end, styleOf("--accent"));
+  }
+
+  /** Each token of the reading side over the span that it reads most; tokens that would meet stand below each other. */
+  letters(context, x, { rows, query: chosen }) {
+    const { side } = this, tokens = this.page.queries, ends = [];
+    this.placed = [];
+    if (!side.isRead || tokens.kind !== "text" || tokens.length > MOST_LETTERS) return;
+    context.font = FONT(15);
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    context.lineWidth = 4;
+    context.lineJoin = "round";
+    for (let query = 0; query < tokens.length; query++) {
+      const best = rows.row(query).reduce((most, one) => (one[1] > most[1] ? one : most), [-1, 0]);
+      if (best[0] < 0) continue;
+      const time = (best[0] + 0.5) * side.secondsPerPosition, label = cut(tokens.label(query), 12);
+      const half = context.measureText(label).width / 2 + 2, place = Math.min(this.width - half, Math.max(MARGIN + half, x(time)));
+      let lane = ends.findIndex((end) => end <= place - half);
+      if (lane < 0) lane = ends.length;
+      ends[lane] = place + half;
+      this.placed.push([tokens.label(query), time]);
+      const height = 12 + (lane % Math.floor(SPECTRUM_HEIGHT / LETTER_HEIGHT)) * LETTER_HEIGHT;
+      context.strokeStyle = styleOf("--paper");
+      context.strokeText(label, place, height);
+      context.fillStyle = styleOf(query === chosen ? "--mark" : "--ink");
+      context.fillText(label, place, height);
+    }
   }
 
   /** Runs of neighbours that each receive at least half of the most, as [first, end]; the first eight. */
