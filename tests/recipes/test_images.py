@@ -197,7 +197,7 @@ def test_scikit_learns_digits_are_learnt_on_the_command_line(tmp_path, capsys):
         "3",
         "4",
     ]
-    length = ["--steps", "400", "--learning-rate", "3e-3", "--threads", "1"]
+    length = ["--steps", "900", "--threads", "1"]
     assert main(["train", "images", "--data", str(tmp_path / "digits"), "--out", out, *settings, *length]) == 0
     capsys.readouterr()
     assert main(["evaluate", out, "--json"]) == 0

@@ -104,7 +104,7 @@ class ImagesConfig:
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults (dev/LOG.md)."""
-    return TrainConfig(minutes=5, learning_rate=2e-3, warmup_steps=200)
+    return TrainConfig(minutes=5, optimizer="muon", learning_rate=2e-2, warmup_steps=100)
 
 
 def load_data(config: ImagesConfig) -> PictureData:
