@@ -36,7 +36,7 @@ def resize_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
         TypeError: images that are not floating.
 
     Cost: for a number about 32 in / out + 4 multiply-adds along each side. torch's own takes 16 for both sides, but one by one:
-        from 240 to 224 pixels this took 0.3 to 0.5 of its time (dev/LOG.md).
+        from 240 to 224 pixels this took 0.3 to 0.4 of its time (dev/LOG.md).
     Source: Keys 1981, "Cubic convolution interpolation for digital image processing", IEEE Trans. ASSP 29(6), with a = -0.75.
 
     Example:
