@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossattention.checkpoints.files import write_json
 from crossattention.cli.main import main
 from crossattention.recipes.g2p import G2PConfig, G2PTask
 from recipes.reversing_words import TINY, write_reversed_words
+from run_folders import write_run
 
 TINY_FLAGS = "--dim 32 --heads 2 --encoder-layers 1 --decoder-layers 1 --feed-forward-dim 64 --dropout 0".split()
 
@@ -53,8 +53,4 @@ def g2p_run(tmp_path_factory):
     """A g2p run of random weights, as the loop leaves one: what it says is wrong, how it is said is what we test."""
     task = G2PTask(G2PConfig(model=TINY))
     torch.manual_seed(0)
-    best = tmp_path_factory.mktemp("runs") / "g2p" / "best"
-    task.build_model().save_pretrained(best)
-    write_json(best / "task.json", task.describe())
-    write_json(best / "scores.json", {"step": 1234, "metrics": {}})
-    return best.parent
+    return write_run(tmp_path_factory.mktemp("runs") / "g2p", task, task.build_model(), step=1234)

@@ -61,6 +61,15 @@ def test_feed_forward_shows_keys_what_they_promote_and_on_which_training_texts(t
     assert "fires most are looked for among 300 training texts" in out.read_text(encoding="utf-8")
 
 
+def test_feed_forward_without_an_input_reads_a_training_text_and_a_view_without_one_is_refused(trained, tmp_path):
+    out = tmp_path / "page.html"
+    code, stdout, _ = type_in("view", trained.run, "--feed-forward", "-o", out, "--json")
+    [(source, _)] = load_run(trained.run).training_pairs(1)
+    assert code == 0 and out.is_file() and json.loads(stdout)["input"] == source
+    code, _, stderr = type_in("view", trained.run)
+    assert code == 2 and "reads one word, TEXT; got none" in stderr
+
+
 def test_feed_forward_without_the_run_s_data_says_so(trained, pairs_file, tmp_path, monkeypatch):
     moved = pairs_file.rename(pairs_file.with_suffix(".away"))
     try:

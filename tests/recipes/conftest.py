@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from crossattention.checkpoints.files import write_json
 from crossattention.recipes.seq2seq import Seq2SeqConfig, Seq2SeqTask
 from recipes.reversing_words import TINY, write_reversed_words
+from run_folders import write_run
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +28,4 @@ def reversing(tmp_path_factory):
 def run_folder(reversing, tmp_path):
     """That model as the training loop leaves it: the folder of a run, the model in its folder best."""
     task, model = reversing
-    best = tmp_path / "run" / "best"
-    model.save_pretrained(best)
-    write_json(best / "task.json", task.describe())
-    write_json(best / "scores.json", {"step": 200, "metrics": {}})
-    return tmp_path / "run"
+    return write_run(tmp_path / "run", task, model, step=200)

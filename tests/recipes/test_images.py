@@ -11,6 +11,7 @@ from crossattention.cli.main import main
 from crossattention.recipes.images import ImagesConfig, ImagesTask, VisionShape, changed, config_from_json, normalised
 from crossattention.recipes.run import evaluate, load_run
 from recipes.pictures import write_pictures
+from run_folders import write_run
 
 image_module = pytest.importorskip("PIL.Image", reason="pictures need the images extra")
 
@@ -48,10 +49,7 @@ def model(task):
 @pytest.fixture
 def run_folder(task, model, tmp_path):
     """An untrained model as the training loop leaves one."""
-    best = tmp_path / "run" / "best"
-    model.save_pretrained(best)
-    write_json(best / "task.json", task.describe())
-    return tmp_path / "run"
+    return write_run(tmp_path / "run", task, model)
 
 
 def test_each_pass_has_every_training_picture_once_and_a_step_is_always_the_same(task, folder):
@@ -134,9 +132,7 @@ def test_a_run_predicts_views_and_scores(run_folder, folder, task, tmp_path):
 def test_scores_are_refused_where_the_pictures_have_changed(task, model, tmp_path):
     folder = write_folder(tmp_path / "classes", count=40)
     other = ImagesTask(ImagesConfig(folder, image_size=16, batch_size=8, model=TINY))
-    best = tmp_path / "run" / "best"
-    model.save_pretrained(best)
-    write_json(best / "task.json", other.describe())
+    write_run(tmp_path / "run", other, model)
     (folder / "above" / "0.png").unlink()
     with pytest.raises(ValueError, match="trained on other data"):
         evaluate(load_run(tmp_path / "run"))

@@ -16,6 +16,7 @@ from crossattention.recipes.run import evaluate, load_run
 from crossattention.recipes.vqa import VQAConfig, VQATask, config_from_json, guesses
 from crossattention.views.pages import write_page
 from recipes.pictures import tiny_config, write_pictures
+from run_folders import write_run
 
 pytest.importorskip("PIL", reason="pictures need the images extra")
 
@@ -39,10 +40,7 @@ def model(task):
 @pytest.fixture
 def run_folder(task, model, tmp_path):
     """An untrained model as the training loop leaves one."""
-    best = tmp_path / "run" / "best"
-    model.save_pretrained(best)
-    write_json(best / "task.json", task.describe())
-    return tmp_path / "run"
+    return write_run(tmp_path / "run", task, model)
 
 
 def trained(task, steps, learning_rate):

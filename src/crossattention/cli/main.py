@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def unknown(kind: str, word: str, known: list[str], help_command: str) -> str:
     """The sentence for a word that is none of the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = [] if word.startswith("-") else difflib.get_close_matches(word, known, n=1, cutoff=0.5)  # a flag is no misspelt name
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
     return f"there is no {kind} {word!r}; {hint} See `{help_command}`."
 

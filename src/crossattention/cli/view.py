@@ -22,7 +22,8 @@ class ViewArguments:
 
     Args:
         run: folder of the run.
-        input: what to read: a text, the name of a file, or several words, as the run's recipe has it.
+        input: what to read: a text, the name of a file, or several words, as the run's recipe has it. With --feed-forward it may be
+            left out: one of the run's own training texts is read then.
         out: file to write, ending in .html, .png or .svg; attention-INPUT.html in this folder where it is not given.
         answer: the output to look at, in the place of the run's own.
         layer: the layer to show first, or in a figure; the mean of all where it is not given.
@@ -33,7 +34,7 @@ class ViewArguments:
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [...]")]
+    input: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [...]")] = ()
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     answer: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     layer: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -52,11 +53,11 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     from crossattention.views.pages import write_page
     from crossattention.views.selection import check_choice
 
-    out = given.out if given.out is not None or given.json else Path(_name(" ".join(given.input)))
+    out = given.out if given.out is not None or given.json else Path(_name(" ".join(given.input) or "feed-forward"))
     if out is not None:
         checked_path(out, (".html", *FORMATS))  # before the work, not after it
     loaded = load_and_say(given.run)
-    asked = _asked(loaded, given.input)
+    asked = loaded.sample_input() if given.feed_forward and not given.input else _asked(loaded, given.input)
     with measuring("reading the input") as show:
         view = _view(loaded, asked, given, show)
     check_choice(view, given.layer, given.head)
@@ -79,7 +80,8 @@ def _asked(loaded: "Run", words: Sequence[str]) -> "Input":
     names = loaded.input_names
     if len(words) != len(names):
         count = "one word" if len(names) == 1 else f"{len(names)} words"
-        raise ValueError(f"a run of {loaded.recipe} reads {count}, {' '.join(names)}; got {len(words)}: {' '.join(words)}")
+        found = f"{len(words)}: {' '.join(words)}" if words else "none"
+        raise ValueError(f"a run of {loaded.recipe} reads {count}, {' '.join(names)}; got {found}")
     return words[0] if len(names) == 1 else tuple(words)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from crossattention.data.cache import user_cache
 
 REQUIREMENT = "easy-vqa==1.0"
 WHEEL_NAME = "easy_vqa-1.0-py3-none-any.whl"
@@ -119,10 +120,8 @@ def load_easy_vqa(data: str | Path | None = None, *, say: Say = print) -> EasyVQ
 
 
 def cache_folder() -> Path:
-    """Where fetched data is kept: `crossattention/easy-vqa-1.0` in `XDG_CACHE_HOME`, or in `.cache` of the home folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return root / "crossattention" / "easy-vqa-1.0"
+    """Where fetched data is kept."""
+    return user_cache("easy-vqa-1.0")
 
 
 def find_easy_vqa(data: str | Path | None = None) -> Path | None:

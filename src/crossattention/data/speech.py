@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crossattention.data.cache import user_cache
 from crossattention.data.mel import DECADES, HOP_SECONDS, WINDOW_SECONDS, log_mel, resampled
 
 Spoken = tuple[str, str]
@@ -56,10 +57,8 @@ class FrameSet:
 
 
 def cache_folder() -> Path:
-    """Where spoken words are kept: `crossattention/speech` in `XDG_CACHE_HOME`, or in `.cache` of the home folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return root / "crossattention" / "speech"
+    """Where spoken words are kept."""
+    return user_cache("speech")
 
 
 def speech_digest(spoken: Sequence[Spoken], *, sample_rate: int, bands: int) -> str:

@@ -25,9 +25,8 @@ from crossattention.data.easy_vqa import EasyVQA, Part, hold_out, load_easy_vqa,
 from crossattention.data.picture_folders import PictureData, Pictures, digest_of, load_picture_folder, read_square
 from crossattention.maps import attention_map
 from crossattention.models.crossvit import CrossViT, CrossViTConfig
-from crossattention.recipes.picture_questions import Prediction
+from crossattention.recipes.pictures import PictureMap, Prediction, png_of
 from crossattention.recipes.recipe import Examples, OnProgress, Run
-from crossattention.recipes.vqa import PictureMap, png_of
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 from crossattention.views.content import AttentionLayer, AttentionView, ImageSide, TextSide

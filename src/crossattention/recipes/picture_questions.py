@@ -22,24 +22,10 @@ from crossattention.data.easy_vqa import Part, words_of
 from crossattention.data.vocabulary import BEGIN, PAD, WordTokenizer
 from crossattention.maps import attention_map
 from crossattention.models.picture_reader import pixels
+from crossattention.recipes.pictures import Prediction
 
 CLS = "[CLS]"
 """How the position before the words is shown: BERT's name of the symbol that begins every text."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer.
-
-    Args:
-        text: the answer.
-        score: its log-probability among all answers.
-        probability: the same as a share of 1.
-    """
-
-    text: str
-    score: float
-    probability: float
 
 
 @dataclass(frozen=True)

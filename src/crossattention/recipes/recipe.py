@@ -190,6 +190,14 @@ class Run(ABC):
         """
         raise ValueError(f"a run of {self.recipe} has no map for the terminal; `crossattention view` shows what it reads")
 
+    def sample_input(self) -> Input:
+        """An input to look at where none is given, always the same one.
+
+        Raises:
+            ValueError: a run of this recipe has none.
+        """
+        raise ValueError(f"a run of {self.recipe} has no input of its own; name one: {' '.join(self.input_names)}")
+
     def feed_forward_view(
         self, given: Any, answer: str | None = None, *, num_examples: int = 300, on_progress: OnProgress | None = None
     ) -> FeedForwardView:

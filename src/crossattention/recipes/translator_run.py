@@ -55,6 +55,17 @@ class TranslatorRun(Run):
     def training_pairs(self, count: int) -> list[tuple[str, str]]:
         """Some training pairs, always the same ones; none where the data cannot be had."""
 
+    def sample_input(self) -> str:
+        """The first of the training texts.
+
+        Raises:
+            ValueError: the data cannot be had.
+        """
+        pairs = self.training_pairs(1)
+        if not pairs:
+            raise ValueError("the run's data is not where it was, or has changed, so there is no text to look at; name one: TEXT")
+        return pairs[0][0]
+
     def spelled(self, text: str) -> str:
         """A text as the model reads it."""
         return text

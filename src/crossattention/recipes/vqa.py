@@ -11,7 +11,6 @@ question's commonest answer of the training part is right on 66.9 % of the test 
 
 from __future__ import annotations
 
-import io
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from crossattention.models.picture_reader import PictureReader, PictureReaderCon
 from crossattention.recipes.picture_questions import (
     CLS,
     Answerer,
-    Prediction,
     QuestionBatch,
     Questions,
     Reading,
@@ -39,6 +37,7 @@ from crossattention.recipes.picture_questions import (
     reading_of,
     reading_together,
 )
+from crossattention.recipes.pictures import PictureMap, Prediction, png_of
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
@@ -239,21 +238,6 @@ class VQATask:
         return {"source": self.sample.text, "predicted": found.text, "reference": self.sample.answer, **asdict(read)}
 
 
-@dataclass(frozen=True)
-class PictureMap:
-    """What a question reads of a picture, as a map of its patches: the mean over words, heads and layers.
-
-    Args:
-        rows: the pixels at which each row of patches begins.
-        columns: the same of each column.
-        weights: (rows, columns).
-    """
-
-    rows: list[str]
-    columns: list[str]
-    weights: list[list[float]]
-
-
 def read_map(answerer: Answerer, image: np.ndarray, question: str) -> PictureMap:
     """What the words of a question read of a picture, all together; Raises as `Answerer.encode`."""
     config = answerer.model.config
@@ -429,15 +413,6 @@ def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int |
             f"({len(unknown)} of its answers not among them), config.json of {size}; take both from one run"
         )
     return VQARun(path, RECIPE, description, step, Answerer(model, tokenizer, answers))
-
-
-def png_of(image: np.ndarray, *, scale: int = 4) -> bytes:
-    """A picture (H, W, 3) as the bytes of a PNG file, each pixel as a square of `scale` pixels."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(file, "PNG")
-    return file.getvalue()
 
 
 def _read(answerer: Answerer, questions: Questions, chosen: Tensor) -> Reading:
