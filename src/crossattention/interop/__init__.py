@@ -1,7 +1,8 @@
 """Other libraries' modules: taken over, looked into, sped up. One file a library."""
 
+from crossattention.interop.onnx import OnnxExport, export_onnx
 from crossattention.interop.record import Recording, record_attention
 from crossattention.interop.recording import Layer, Recorded
 from crossattention.interop.torch_nn import from_multihead_attention
 
-__all__ = ["Layer", "Recorded", "Recording", "from_multihead_attention", "record_attention"]
+__all__ = ["Layer", "OnnxExport", "Recorded", "Recording", "export_onnx", "from_multihead_attention", "record_attention"]
