@@ -71,9 +71,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "perceiver, video": lambda: PerceiverIO(
         presets.multimodal(
-            inputs=VideoInput(
-                frames=3, size=(8, 8), bands=2, audio_samples=32, audio_patch=4, audio_bands=3, num_labels=5
-            ),
+            inputs=VideoInput(frames=3, size=(8, 8), bands=2, audio_samples=32, audio_patch=4, audio_bands=3, num_labels=5),
             outputs=VideoOutput(dim=16, label_dim=8),
             num_latents=6,
             latent_dim=32,

@@ -1,7 +1,8 @@
 """What every comparison here counts: cases, those that agree, the largest differences, and what rows without a live key give.
 
 "Agree" means: on every row that has a live key (in all heads) the output, and the gradients of a random sum over these rows, differ
-by at most 1e-10 (float64) or 1e-5 (float32), relative to the largest number of the outputs, or of all gradients of the case, or to 1.
+by at most 1e-10 (float64) or 1e-5 (float32), relative to the largest number of the outputs, or of all gradients of the case, or
+to 1.
 """
 
 from __future__ import annotations
@@ -127,10 +128,10 @@ def table(lines: Sequence[Agreement]) -> str:
     rows = [head, "|" + "---|" * 8]
     for line in lines:
         numbers = [
-            _shown(values.get(dtype))
-            for values in (line.forward, line.backward)
-            for dtype in (torch.float64, torch.float32)
+            _shown(values.get(dtype)) for values in (line.forward, line.backward) for dtype in (torch.float64, torch.float32)
         ]
-        counts = (", ".join(f"{name} {count:,}" for name, count in sorted(c.items())) for c in (line.empty_rows, line.empty_gradients))
+        counts = (
+            ", ".join(f"{name} {count:,}" for name, count in sorted(c.items())) for c in (line.empty_rows, line.empty_gradients)
+        )
         rows.append(f"| {line.peer} | {line.agreeing:,} of {line.cases:,} | {' | '.join(numbers)} | {' | '.join(counts)} |")
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""What the comparisons with whole modules share: random sizes, random weights, a padding mask with an empty item, and the counting."""
+"""What the comparisons with whole modules share: random sizes, random weights, padding with an empty item, and the counting."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`torch.nn.MultiheadAttention` against `CrossAttention` with its weights, over random configurations.
 
 Drawn at random for each: widths, kdim and vdim, heads, bias, batch_first, no batch, lengths from 1, dtype, a key padding mask and a
-mask of pairs, each absent, bool (True = dropped, in torch's sense here; ours is told the opposite) or floating; pairs for all heads or
-for each; and which of our exact plans computes it. torch computes each by its explicit path (need_weights=True, its default) and by
+mask of pairs, each absent, bool (True = dropped, in torch's sense here; ours is told the opposite) or floating; pairs for all heads
+or for each; and which of our exact plans computes it. torch computes each by its explicit path (need_weights=True, its default) and by
 its fused one.
 """
 
@@ -137,7 +137,7 @@ def with_weights_of(mha: nn.MultiheadAttention, plan: Plan) -> CrossAttention:
 
 
 def _padding(one: Configuration, z: int) -> Tensor | None:
-    """torch's key_padding_mask (z, m)."""
+    """Torch's key_padding_mask (z, m)."""
     dropped = torch.rand(z, one.m) < 0.3
     if one.padding == "none":
         return None
@@ -145,7 +145,7 @@ def _padding(one: Configuration, z: int) -> Tensor | None:
 
 
 def _pairs(one: Configuration, z: int) -> Tensor | None:
-    """torch's attn_mask (n, m) or (z h, n, m)."""
+    """Torch's attn_mask (n, m) or (z h, n, m)."""
     if one.pairs == "none":
         return None
     leading = (z * one.heads,) if one.pairs.endswith("head") else ()
@@ -204,7 +204,7 @@ def _their_output(
     *,
     need_weights: bool,
 ) -> Tensor:
-    """torch's output (z, n, width), given in the layout that was drawn."""
+    """Torch's output (z, n, width), given in the layout that was drawn."""
     if padding is not None and pairs is not None and padding.dtype != pairs.dtype:  # torch wants both of a kind
         padding, pairs = (
             torch.zeros(mask.shape, dtype=one.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask

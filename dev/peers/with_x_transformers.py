@@ -23,9 +23,13 @@ def compare(cases: int, seed: int) -> list[Agreement]:
     for is_flash in (False, True):
         way = "flash" if is_flash else "plain"
         lines.append(_compare(f"x-transformers, {way}", cases, seed, is_flash, shares=False, permutes=False))
-        lines.append(_compare(f"x-transformers, {way}, grouped heads, in its layout", cases, seed, is_flash, shares=True, permutes=True))
         lines.append(
-            _compare(f"x-transformers, {way}, grouped heads, weights as they stand", cases, seed, is_flash, shares=True, permutes=False)
+            _compare(f"x-transformers, {way}, grouped heads, in its layout", cases, seed, is_flash, shares=True, permutes=True)
+        )
+        lines.append(
+            _compare(
+                f"x-transformers, {way}, grouped heads, weights as they stand", cases, seed, is_flash, shares=True, permutes=False
+            )
         )
     return lines
 

@@ -277,7 +277,8 @@ def test_every_model_has_a_graph_whose_examples_it_takes():
 def test_models_without_graphs_are_refused():
     with pytest.raises(ValueError, match=r"no graphs are known of a Linear"):
         graphs_of(nn.Linear(2, 2))
-    pinned = BertDecoder(BertConfig(9, dim=8, layers=1, heads=2, feed_forward_dim=8, causal=True, context_dim=8, begin_id=1, end_id=2))
+    pinned = BertDecoder(
+        BertConfig(9, dim=8, layers=1, heads=2, feed_forward_dim=8, causal=True, context_dim=8, begin_id=1, end_id=2)
+    )
     pinned.layers[0].cross_attention.plan = Plan("context", "context")
-    with pytest.raises(ValueError, match=r"pinned to the plan context\+context"):
-        pinned.graphs()
+    assert list(pinned.graphs()) == ["forward"]  # nothing that "step" could read

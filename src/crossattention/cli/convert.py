@@ -76,7 +76,9 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
 def write_onnx(given: ConvertArguments) -> int:
     """Write one graph of a model as an ONNX file, and say what it takes and gives."""
     if given.to is not None or given.names:
-        raise ValueError(f"{given.target} is an ONNX file, which {'--to' if given.to else '--names'} has nothing to say of; leave it out")
+        raise ValueError(
+            f"{given.target} is an ONNX file, which {'--to' if given.to else '--names'} has nothing to say of; leave it out"
+        )
 
     import torch
 

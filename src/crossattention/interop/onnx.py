@@ -171,9 +171,8 @@ def _graph_of(
         raise TypeError(f"export_onnx takes a torch.nn.Module, got {type(module).__name__}")
     if inputs is None:
         if axes is not None or not hasattr(module, "graphs"):
-            raise ValueError(
-                f"pass example inputs, as {{'{next(iter(_parameters(module)), 'x')}': tensor}}, got none for a {type(module).__name__}"
-            )
+            first = next(iter(_parameters(module)), "x")
+            raise ValueError(f"pass example inputs, as {{'{first}': tensor}}, got none for a {type(module).__name__}")
         known = module.graphs()
         if name not in known:
             raise ValueError(f'a {type(module).__name__} has the graphs {", ".join(known)}, got graph="{name}"')
@@ -191,8 +190,8 @@ def _graph_of(
     named = _axes_of_layer(module, ordered) | dict(axes or {})
     if missing := [argument for argument in ordered if argument not in named]:
         raise ValueError(
-            f"name the lengths that may vary, as axes={{'{missing[0]}': {_fixed(ordered[missing[0]])}}} with a name in the place of "
-            f"None, got none for {', '.join(missing)}"
+            f"name the lengths that may vary, as axes={{'{missing[0]}': {_fixed(ordered[missing[0]])}}} with a name in the place "
+            f"of None, got none for {', '.join(missing)}"
         )
     for argument, names in named.items():
         if argument not in ordered:
@@ -263,9 +262,7 @@ def _check_evaluates(module: nn.Module) -> None:
 def _check_installed() -> None:
     for name in ("onnx", "onnxscript"):
         if find_spec(name) is None:
-            raise ModuleNotFoundError(
-                f"an ONNX file needs {name}; install it with: pip install 'crossattention[onnx]'", name=name
-            )
+            raise ModuleNotFoundError(f"an ONNX file needs {name}; install it with: pip install 'crossattention[onnx]'", name=name)
 
 
 # --------------------------------------------------------------------------------------------------------------- tracing
@@ -277,7 +274,9 @@ def _traced(graph: Graph, opset: int) -> Any:
     Raises:
         ValueError: torch cannot trace it; the first line of its own message.
     """
-    shapes = {argument: _each(value, lambda _, names=graph.axes[argument]: _named(names)) for argument, value in graph.inputs.items()}
+    shapes = {
+        argument: _each(value, lambda _, names=graph.axes[argument]: _named(names)) for argument, value in graph.inputs.items()
+    }
     with _quiet(), torch.no_grad():
         try:
             return torch.onnx.export(
@@ -404,8 +403,14 @@ def _variants(graph: Graph) -> Iterator[tuple[dict[str, int], Graph]]:
         for other in (dict.fromkeys(lengths, 1), larger, smaller):
             yield other, _resized(graph, other)
     if any(leaf.dtype == torch.bool for value in graph.inputs.values() for leaf in _leaves(value)):
-        yield lengths, Graph(
-            graph.module, {name: _each(value, _with_empty_item) for name, value in graph.inputs.items()}, graph.axes, graph.outputs
+        yield (
+            lengths,
+            Graph(
+                graph.module,
+                {name: _each(value, _with_empty_item) for name, value in graph.inputs.items()},
+                graph.axes,
+                graph.outputs,
+            ),
         )
 
 
@@ -454,8 +459,8 @@ def _compared(
         difference = _difference(session, variant, expected, lengths)
         if not difference <= limit:
             raise ValueError(
-                f"the file gives something else than the module: a difference of {difference:.1e} at {lengths}, of {limit:.0e} that "
-                "may be; if the module draws random numbers it cannot be exported, else pass tolerance=... to accept it"
+                f"the file gives something else than the module: a difference of {difference:.1e} at {lengths}, of {limit:.0e} "
+                "that may be; if the module draws random numbers it cannot be exported, else pass tolerance=... to accept it"
             )
         checked.append(lengths)
         largest = max(largest, difference)

@@ -1,6 +1,6 @@
 """What of each model stands alone as a graph of plain tensors: the whole, the encoder, what is prepared of a source, one step.
 
-A graph holds no loop over symbols: whoever generates runs "prepare" once a source and "step" once a symbol, as `generate` does here.
+A graph holds no loop over symbols: whoever generates runs "prepare" once a source and "step" once a symbol, as `generate` does.
 
     prepare    source -> context_mask, keys and values of every cross-attention                    once a source
     step       the next symbols, what "prepare" gave, the target's own keys and values so far
@@ -97,16 +97,7 @@ class Steps(Around):
 
 
 def _flattened(prepared: Any) -> tuple[Tensor, ...]:
-    """The mask, all keys and all values of prepared contexts.
-
-    Raises:
-        ValueError: some are not keys and values.
-    """
-    other = next((str(one.plan) for one in prepared if not one.plan.is_textbook), None)
-    if other is not None:
-        raise ValueError(
-            f'"prepare" and "step" hand keys and values over, but a layer is pinned to the plan {other}; set its plan to "auto"'
-        )
+    """The mask, all keys and all values of prepared contexts."""
     return prepared[0].mask, *(one.keys for one in prepared), *(one.values for one in prepared)
 
 
@@ -128,17 +119,20 @@ def _of_transformer(model: Any) -> dict[str, Graph]:
         {"source_ids": axes, "target_ids": ("batch", "target"), "source_mask": axes[:2], "target_mask": ("batch", "target")},
         ("logits",),
     )
-    encode = Graph(Encodes(model), {"source_ids": source, "source_mask": mask}, {"source_ids": axes, "source_mask": axes[:2]}, ("states",))
+    encode = Graph(
+        Encodes(model), {"source_ids": source, "source_mask": mask}, {"source_ids": axes, "source_mask": axes[:2]}, ("states",)
+    )
     with torch.no_grad():
         states = model.encode(source, mask)
     return {"forward": whole, "encode": encode, **_generating(model, source, axes, mask, states, vocab, length)}
 
 
-def _generating(
-    model: Any, source: Tensor, axes: Axes, mask: Tensor, states: Tensor, vocab: int, limit: int
-) -> dict[str, Graph]:
-    """The two graphs that generation needs, with examples of what goes from the one to the other; none of a model of two symbols."""
-    if limit < 3:
+def _generating(model: Any, source: Tensor, axes: Axes, mask: Tensor, states: Tensor, vocab: int, limit: int) -> dict[str, Graph]:
+    """The two graphs that generation needs, with examples of what goes from the one to the other.
+
+    None of a model of two symbols, and none where a cross-attention is pinned to a plan that keeps no keys and values.
+    """
+    if limit < 3 or any(not one.plan.is_textbook for one in model.prepare(states, mask)):
         return {}
     with torch.no_grad():
         context_mask, *made = _flattened(model.prepare(states, mask))
@@ -306,8 +300,8 @@ def _of_perceiver(model: PerceiverIO) -> dict[str, Graph]:
         return {"forward": Graph(model, {"inputs": images}, {"inputs": axes}, (str(name),))}
     if any(0.0 < p < 1.0 for p in inputs.mask_probs):
         raise ValueError(
-            f"this model hides rows of its input at random, with probabilities {inputs.mask_probs}, which no graph repeats; load it "
-            "with mask_probs of 0 and 1"
+            f"this model hides rows of its input at random, with probabilities {inputs.mask_probs}, which no graph repeats; "
+            "load it with mask_probs of 0 and 1"
         )
     given = {
         "audio": torch.randn(BATCH, inputs.audio_samples, 1).to(weight),

@@ -61,7 +61,7 @@ class Pretrained:
         """What of the model stands alone as a graph of plain tensors, for an exporter: name -> module, examples, names of axes.
 
         Returns:
-            "forward" first; of models that generate also "encode", "prepare" and "step" (models.graphs says what they take and give).
+            "forward" first; of models that generate also "encode", "prepare" and "step" (`models.graphs` says what they take).
 
         Raises:
             ValueError: a model of which none is known.
