@@ -2,8 +2,8 @@
 
 Drawn at random for each: widths, kdim and vdim, heads, bias, batch_first, no batch, lengths from 1, dtype, a key padding mask and a
 mask of pairs, each absent, bool (True = dropped, in torch's sense here; ours is told the opposite) or floating; pairs for all heads
-or for each; and which of our exact plans computes it. torch computes each by its explicit path (need_weights=True, its default) and by
-its fused one.
+or for each; and which of our exact plans computes it. torch computes each by its explicit path (need_weights=True, its default) and
+by its fused one.
 """
 
 from __future__ import annotations
