@@ -4,7 +4,7 @@
     python benchmarks/ragged.py --clock process      # processor time of one thread, for a machine that is not quiet
 
 The peer pads the same list or jagged tensor within its time, as whoever holds such a batch has to, and calls the same layer with a
-mask; with `dense` it is what is called where all lengths are equal, and nobody needs a mask.
+mask, whose plan the planner then chooses, or by hand projects to keys and values and calls torch's attention; with `dense` it is what is called where all lengths are equal, and nobody needs a mask.
 """
 
 import argparse
@@ -74,13 +74,22 @@ def measure(name: str, form: str, train: bool, budget: float, clock: object) -> 
         dense, real = padded(b)
         step(layer(a, dense, context_mask=real))
 
+    def by_hand() -> None:
+        dense, real = padded(b)
+        heads = [
+            projection(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for projection, x in ((layer.q_proj, a), (layer.k_proj, dense), (layer.v_proj, dense))
+        ]
+        read = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=real[:, None, None])
+        step(layer.out_proj(read.transpose(1, 2).flatten(2)))
+
     def dense() -> None:
         step(layer(a, padded(b)[0]))
 
     with torch.set_grad_enabled(train):
         found = layer(a, b)
         error = (found - layer(a, padded(b)[0], context_mask=padded(b)[1])).abs().max().item()
-        calls = {"ours": ours, "padding + mask": masked}
+        calls = {"ours": ours, "padding + mask": masked, "the same by hand": by_hand}
         if len(set(lengths)) == 1:
             calls["dense"] = dense
         timings = interleaved(calls, budget=budget, clock=clock)
