@@ -8,9 +8,11 @@ from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.attention.sharded import ContextShard, PreparedShard, Traffic, count_traffic
 from crossattention.plan import Plan
 
 __all__ = [
+    "ContextShard",
     "CrossAttention",
     "KeyValueCache",
     "MemoryAttention",
@@ -21,9 +23,12 @@ __all__ = [
     "PositionPart",
     "PreparedContext",
     "PreparedQueries",
+    "PreparedShard",
     "QueryKeyNorm",
     "SelfAttention",
+    "Traffic",
     "attend_parts",
+    "count_traffic",
     "merge_partials",
     "reference_attention",
 ]

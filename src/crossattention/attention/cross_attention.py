@@ -27,9 +27,11 @@ from crossattention.attention.prepared import (
     PreparedQueries,
     Stamp,
     fingerprint,
+    watch_gathered,
 )
 from crossattention.attention.products import is_traced, is_transformed
 from crossattention.attention.score_rows import ScoreRows
+from crossattention.attention.sharded import PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
@@ -408,6 +410,17 @@ class CrossAttention(nn.Module):
         Cost: see `plan_for`.
         """
         check_is_tensor("queries", a)
+        if is_sharded(b):
+            prepared = self.prepare(
+                b,
+                context_mask=context_mask,
+                query_length=a.shape[-2],
+                repeats=a.shape[1] if a.dim() == 4 else None,
+                uses=1,
+                shares_queries=a.dim() == 2,
+                context_positions=context_positions,
+            )
+            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
         check_is_tensor("context", b)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
         self._check_tensor("queries", a)
@@ -456,16 +469,19 @@ class CrossAttention(nn.Module):
             >>> layer.attend(torch.randn(2, 3, 1, 48), prepared).shape  # 3 beams read one context
             torch.Size([2, 3, 1, 48])
         """
-        check_is_tensor("context", b)
-        self._check_context(tuple(b.shape))
         for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
+        if plan is not None and not plan.is_textbook and not torch.compiler.is_compiling():
+            refuse_illegal(plan, self.forbidden())
+        if is_sharded(b):
+            hints = {"query_length": query_length, "repeats": repeats, "uses": uses, "shares_queries": shares_queries}
+            return prepare_shard(self, b, context_mask, context_positions, plan, **hints)
+        check_is_tensor("context", b)
+        self._check_context(tuple(b.shape))
         if plan is None:
             plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
-        elif not plan.is_textbook and not torch.compiler.is_compiling():
-            refuse_illegal(plan, self.forbidden())
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
 
     def extend(
@@ -499,6 +515,10 @@ class CrossAttention(nn.Module):
             >>> prepared.context_length
             10
         """
+        if isinstance(prepared, PreparedShard):
+            raise TypeError(
+                "a sharded context cannot be extended: what follows its end would all lie in the last process; prepare it whole"
+            )
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
                 f"extend expects what this layer's prepare returned, got {type(prepared).__name__}; call prepare(b) first"
@@ -620,7 +640,7 @@ class CrossAttention(nn.Module):
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
             assert isinstance(a, Tensor)
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
-        if not isinstance(prepared, PreparedContext):
+        if not isinstance(prepared, PreparedContext | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
                 "layer(a, b), or layer.attend(a, layer.prepare(b))"
@@ -630,11 +650,13 @@ class CrossAttention(nn.Module):
                 "context_mask belongs to the prepared context and would be ignored here; pass it to prepare(b, context_mask=...), "
                 "or mask single pairs with attn_mask"
             )
-        self._check_attendable(a, prepared)
         if isinstance(a, PreparedQueries) and query_positions is not None:
             raise ValueError(
                 "query_positions were passed but prepared queries have none to place; attend with the queries themselves"
             )
+        if isinstance(prepared, PreparedShard):
+            return attend_shard(self, a, prepared, attn_mask, query_positions)
+        self._check_attendable(a, prepared)
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def _prepare(
@@ -663,6 +685,7 @@ class CrossAttention(nn.Module):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED
         if stamped and not torch.compiler.is_compiling():
+            watch_gathered(self)
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 

@@ -12,9 +12,11 @@ from typing import Any, Protocol, get_args, overload
 import torch
 from torch import Tensor
 
-from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries
+from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries, PreparedShard
 from crossattention.attention.cross_attention import check_is_tensor
+from crossattention.attention.sharded import is_sharded
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
+from crossattention.maps.shards import map_of_shard, mergeable, merged
 from crossattention.maps.summaries import Summary
 
 
@@ -83,7 +85,8 @@ def attention_map(
 
     Returns:
         Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be
-        attended. With summaries a list with the result of each, without gradients. Never with dropout.
+        attended. With summaries a list with the result of each, without gradients. Never with dropout. Of a sharded context what
+        goes by its positions (the weights, `Highlight`, `Rows`) is sharded like it, and nothing has gradients (docs/scale.md).
 
     Raises:
         ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
@@ -116,12 +119,18 @@ def attention_map(
         layer, a, b = layer.reading(a, b)
     if not isinstance(a, PreparedQueries):
         check_is_tensor("queries", a)
-    if isinstance(b, PreparedContext):
+    if isinstance(b, PreparedContext | PreparedShard):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
     of_context = {"context_mask": context_mask, "context_positions": context_positions}
     of_queries = {"attn_mask": attn_mask, "query_positions": query_positions}
+    if is_sharded(b):
+        workers = None if summaries is None else mergeable(summaries)
+        rows, shards = map_of_shard(layer, a, b, **of_context, **of_queries)
+        if workers is None:
+            return shards.along_context(rows.whole(), -1)
+        return merged(summaries, summarise(rows, workers), shards)
     if summaries is not None:
         with torch.no_grad():
             in_turn = all(_heads_of(summary) == "each" for summary in summaries)  # the order that `blocks_of` then takes
