@@ -9,9 +9,11 @@ from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.ragged import PreparedRagged
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.attention.sharded import ContextShard, PreparedShard, Traffic, count_traffic
 from crossattention.plan import Plan
 
 __all__ = [
+    "ContextShard",
     "CrossAttention",
     "KeyValueCache",
     "MemoryAttention",
@@ -23,9 +25,12 @@ __all__ = [
     "PreparedContext",
     "PreparedQueries",
     "PreparedRagged",
+    "PreparedShard",
     "QueryKeyNorm",
     "SelfAttention",
+    "Traffic",
     "attend_parts",
+    "count_traffic",
     "merge_partials",
     "reference_attention",
 ]

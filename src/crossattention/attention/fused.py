@@ -63,7 +63,7 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale:
     if share > 1:
         length = queries.shape[2]
         queries = queries.unflatten(1, (groups, share)).flatten(2, 3)
-        tensor = None if tensor is None else _fold_mask(tensor, groups, share, length)
+        tensor = None if tensor is None else fold_mask(tensor, groups, share, length)
     keys, values = spread(keys, groups), spread(values, groups)
     if tensor is None and _is_shared_in_a_graph(queries, keys, values):
         shared: Tensor = torch.ops.crossattention.attend_shared.default(queries, keys, values, scale)
@@ -104,7 +104,7 @@ def spread(tensor: Tensor, groups: int) -> Tensor:
     return tensor.repeat_interleave(groups // tensor.shape[1], 1)
 
 
-def _fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
+def fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
     """A mask of (z, h, n, m) for heads laid into the length: (z, g, s n, m)."""
     if tensor.shape[1] == 1 and tensor.shape[2] == 1:
         return tensor
