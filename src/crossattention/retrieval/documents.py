@@ -336,7 +336,8 @@ def _text_of_line(line: bytes, begin: int, text_field: str) -> tuple[str, tuple[
     except UnicodeDecodeError as error:
         return "", ("not UTF-8", f"byte {begin + error.start:,} of the file: {error.reason}")
     except json.JSONDecodeError as error:
-        return "", ("no JSON", f"column {error.colno}, byte {begin + error.pos:,} of the file: {error.msg}")
+        place = begin + len(error.doc[: error.pos].encode("utf-8"))
+        return "", ("no JSON", f"column {error.colno}, byte {place:,} of the file: {error.msg}")
     except RecursionError:
         return "", ("no JSON", "nested too deeply")
     if not isinstance(value, dict):
