@@ -1,13 +1,15 @@
 """How many of the true neighbours does the approximate index find among clustered vectors, how fast, and in how many bytes?
 
-    python benchmarks/retrieval.py [--vectors 1000000] [--dim 256] [--clusters 10000] [--spread 0.5] [--queries 1000] [--probes 16 32 64]
+    python benchmarks/retrieval.py [--vectors 1000000] [--dim 256] [--clusters 10000] [--spread 0.5] [--queries 1000] [--probes 16
+    32 64]
                                    [--threads 1] [--folder DIR] [--json FILE]
 
 Vectors are drawn around centres: a standard normal point for each cluster, and normal noise of `--spread` around it; queries are
-further points of the same clusters. The index is the database's own (`IvfConfig.of` of these sizes), in files of its own, on embeddings
-as a database stores them: float16, memory-mapped. Recall@10 is the share of the ten nearest (by looking at every vector) that are found.
-Queries go in one call of 1,000, once to warm up; seconds are by the clock and by the processor. Peak memory is the process's resident
-size, with what is mapped of files and the vectors that are being made; `--threads` sets FAISS's threads.
+further points of the same clusters. The index is the database's own (`IvfConfig.of` of these sizes), in files of its own, on
+embeddings as a database stores them: float16, memory-mapped. Recall@10 is the share of the ten nearest (by looking at every
+vector) that are found. Queries go in one call of 1,000, once to warm up; seconds are by the clock and by the processor. Peak
+memory is the process's resident size, with what is mapped of files and the vectors that are being made; `--threads` sets FAISS's
+threads.
 """
 
 import argparse
@@ -49,13 +51,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         results = measure(given, Path(folder))
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "versions": versions("faiss-cpu", "numpy"), **results}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"machine": machine(), "versions": versions("faiss-cpu", "numpy"), **results}, indent=1) + "\n"
+        )
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     vectors, queries = clustered(given, folder / "vectors.f2")
     config = IvfConfig.of(given.vectors, given.dim)
-    print(f"{given.vectors:,} vectors of width {given.dim} in {given.clusters:,} clusters, noise {given.spread}; {config}", flush=True)
+    print(
+        f"{given.vectors:,} vectors of width {given.dim} in {given.clusters:,} clusters, noise {given.spread}; {config}", flush=True
+    )
     trained, shard = folder / "trained.faiss", folder / "index.faiss"
     rows: dict[str, object] = {"sizes": {name: str(value) for name, value in vars(given).items()}, "config": vars(config)}
     rows["train"], _ = timed("training the index", lambda: train_index(vectors, config, trained))
@@ -101,7 +107,9 @@ def timed(what: str, call: Callable[[], object], count: int | None = None) -> tu
     clock, processor = time.perf_counter(), time.process_time()
     result = call()
     taken = {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
-    rate = "" if count is None else f"; queries a second: {count / taken['seconds']:,.0f}, {count / taken['processor_seconds']:,.0f}"
+    rate = (
+        "" if count is None else f"; queries a second: {count / taken['seconds']:,.0f}, {count / taken['processor_seconds']:,.0f}"
+    )
     print(f"{what}: {taken['seconds']:.2f} s by the clock, {taken['processor_seconds']:.2f} s of the processor{rate}", flush=True)
     return taken, result
 

@@ -88,6 +88,7 @@ def stopping_at(step, at):
     return stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step for step in STEPS if step not in ("counts", "done")])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_stopped_build_goes_on_to_the_same_bytes(step, at, corpus, tmp_path, monkeypatch):
