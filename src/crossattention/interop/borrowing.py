@@ -99,7 +99,7 @@ class Borrowing:
             device="meta",
         ).eval()
         if self.qk_norm is not None:
-            layer._modules["qk_norm"] = self.qk_norm
+            layer.qk_norm = self.qk_norm
         given = self.projections if shares is None else shares._modules
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             if name in given:

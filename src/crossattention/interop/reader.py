@@ -20,8 +20,11 @@ from crossattention.interop.borrowing import Borrowing
 from crossattention.interop.keeping import Kept
 from crossattention.interop.replacement import watchers_of
 from crossattention.plan import Forbidden, Plan, choose_plan
+from crossattention.plan.choose import ADVANTAGE
 from crossattention.plan.plans import reasons_against
 
+LEAST_FLOPS = 5_000_000
+"""Operations of the projections of a context below which a call is left to the module: planning takes some 20 microseconds."""
 KEPT_USES = 32
 """Reads that a context which arrived twice is planned for."""
 
@@ -61,10 +64,16 @@ class Reader:
         self._kept = Kept()
         self._queries: Once[PreparedQueries] = Once()
         self._plans: dict[Any, Plan] = {}
+        value_width = borrowing.value_head_dim or borrowing.head_dim
+        self._flops_per_number = 2 * (borrowing.kv_heads or borrowing.heads) * (borrowing.head_dim + value_width)
         self._left: set[tuple[Any, ...]] = set()
         self._ran: dict[tuple[Any, ...], int] = {}
 
     # ------------------------------------------------------------------------------------------------- one call
+
+    def is_small(self, context: Tensor) -> bool:
+        """Whether a context is so small that nothing can be gained; asked first, as such calls are short."""
+        return context.numel() * self._flops_per_number < LEAST_FLOPS
 
     def read(
         self,
@@ -86,12 +95,14 @@ class Reader:
             context_mask: bool (z, m), True = may be attended.
             attn_mask: bool or floating, broadcastable to (z, h, n, m), or (z, r, h, n, m).
             wants_weights: whether the weights are asked for too.
-            must: whether the call may not be left to the module, as where that would not be defined in rows without a live key.
+            must: whether the call may not be left to the module, as where that gives NaN in rows without a live key.
 
         Returns:
-            None if the module's own pass is as quick, or the tensors are not such that this can run (of other widths, dtypes or
-            devices than the weights, of a subclass, empty): call the own method then.
+            None if the module's own pass is as quick or the context small (`is_small`), or the tensors are not such that this can
+            run (of other widths, dtypes or devices than the weights, of a subclass, empty): call the own method then.
         """
+        if not must and self.is_small(b):
+            return None
         contexts = (b,) if values_from is None or values_from is b else (b, values_from)
         is_building = torch.is_grad_enabled()
         short = (a.shape, b.shape, a.dtype, is_building, wants_weights)
@@ -199,7 +210,9 @@ class Reader:
         if not explicit:
             return choice.plan
         legal = [c for c in choice.candidates if c.plan.kernel == "explicit" and not reasons_against(c.plan, forbidden)]
-        return min(legal, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan
+        best = min(legal, key=lambda c: (c.exceeds_memory, c.cost.seconds))
+        usual = next(c for c in legal if c.plan.is_textbook)
+        return best.plan if best.cost.seconds < ADVANTAGE * usual.cost.seconds else usual.plan
 
     def _note(self, plan: Plan, a: Tensor, b: Tensor, is_kept: bool) -> None:
         key = (plan, tuple(a.shape), tuple(b.shape), is_kept)

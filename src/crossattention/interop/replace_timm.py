@@ -58,6 +58,8 @@ def _class_token(module: Any, q: nn.Module, k: nn.Module, v: nn.Module) -> Repla
 
 def _run_class_token(module: Any, reader: Reader, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs.get("x")
+    if isinstance(x, Tensor) and reader.is_small(x):
+        return own(*args, **kwargs)
     drops = module.attn_drop.training and module.attn_drop.p > 0.0
     if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or x.dim() != 3 or drops or _does_more(module.attn_drop):
         return own(*args, **kwargs)
@@ -100,6 +102,8 @@ def _lend_kv(module: Any, e: int) -> Weights:
 
 
 def _run_pool(module: Any, reader: Reader, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and reader.is_small(args[0]):
+        return own(*args)
     given = dict(zip(("x", "attn_mask"), args, strict=False)) | kwargs
     x, attn_mask = given.get("x"), given.get("attn_mask")
     if not (isinstance(x, Tensor) and x.dim() == 3 and given.keys() <= {"x", "attn_mask"} and is_plain_linear(module.kv)):
