@@ -2,6 +2,7 @@
 
 from crossattention.interop.record import Recording, record_attention
 from crossattention.interop.recording import Layer, Recorded
+from crossattention.interop.speed_up import Changes, speed_up
 from crossattention.interop.torch_nn import from_multihead_attention
 
-__all__ = ["Layer", "Recorded", "Recording", "from_multihead_attention", "record_attention"]
+__all__ = ["Changes", "Layer", "Recorded", "Recording", "from_multihead_attention", "record_attention", "speed_up"]
