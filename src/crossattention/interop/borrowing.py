@@ -99,7 +99,7 @@ class Borrowing:
             device="meta",
         ).eval()
         if self.qk_norm is not None:
-            layer._modules["qk_norm"] = self.qk_norm
+            layer.qk_norm = self.qk_norm
         given = self.projections if shares is None else shares._modules
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             if name in given:
@@ -126,3 +126,27 @@ def plain_weight(name: str, weight: Tensor | None) -> str | None:
     if not weight.is_floating_point():
         return f"{name} is {weight.dtype}, quantised, of which only its own module knows how it multiplies"
     return None
+
+
+class Norms(QueryKeyNorm):
+    """The owner's norms of each head's queries and keys, used as they are.
+
+    Args:
+        of_queries: takes (z, h, n, k); `nn.Identity` for none.
+        of_keys: takes (z, g, m, k).
+    """
+
+    def __init__(self, of_queries: nn.Module | None, of_keys: nn.Module | None) -> None:
+        super().__init__()
+        self.of_queries = nn.Identity() if of_queries is None else of_queries
+        self.of_keys = nn.Identity() if of_keys is None else of_keys
+
+    def normalise_queries(self, queries: Tensor) -> Tensor:
+        """Queries (z, h, n, k), normalised."""
+        normalised: Tensor = self.of_queries(queries)
+        return normalised
+
+    def normalise_keys(self, keys: Tensor) -> Tensor:
+        """Keys (z, g, m, k), normalised."""
+        normalised: Tensor = self.of_keys(keys)
+        return normalised

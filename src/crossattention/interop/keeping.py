@@ -31,12 +31,11 @@ class _Made:
 
 
 class Arrival:
-    """A context that arrived: how often in a row, and what was made of it. A thread that holds it never meets another's."""
+    """A context that arrived, and what was made of it; a thread that holds it never meets what was made of another's."""
 
     def __init__(self, roots: tuple[weakref.ref[Tensor], ...], mark: tuple[Any, ...]) -> None:
         self._roots, self._mark = roots, mark
         self._made: _Made | None = None
-        self.times = 1
 
     def is_of(self, roots: Sequence[Tensor], mark: tuple[Any, ...]) -> bool:
         """Whether the same context arrived again."""
@@ -68,17 +67,19 @@ class Kept:
     def __init__(self) -> None:
         self._last: Arrival | None = None
 
-    def arrival(self, contexts: Sequence[Tensor]) -> Arrival | None:
-        """Of contexts that a call brings; None where it cannot be told whether they are what they were."""
+    def arrival(self, contexts: Sequence[Tensor]) -> tuple[Arrival | None, bool]:
+        """The arrival of contexts that a call brings, and whether they are those of the call before.
+
+        None where it cannot be told whether they are what they were.
+        """
         if any(type(context) not in (Tensor, nn.Parameter) for context in contexts):
-            return None
+            return None, False
         roots, mark = [_root(context) for context in contexts], _mark(contexts)
         last = self._last
         if last is not None and last.is_of(roots, mark):
-            last.times += 1
-            return last
+            return last, True
         self._last = last = Arrival(tuple(weakref.ref(root, self._drop) for root in roots), mark)
-        return last
+        return last, False
 
     def forget(self) -> None:
         """Drop it."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossattention.attention import CrossAttention, PreparedContext, execute
+from crossattention.attention import CrossAttention, Once, PreparedContext, PreparedQueries, execute
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, combine_masks, fold_repeats
 from crossattention.attention.prepared import UNCHECKED
@@ -20,8 +20,11 @@ from crossattention.interop.borrowing import Borrowing
 from crossattention.interop.keeping import Kept
 from crossattention.interop.replacement import watchers_of
 from crossattention.plan import Forbidden, Plan, choose_plan
+from crossattention.plan.choose import ADVANTAGE
 from crossattention.plan.plans import reasons_against
 
+LEAST_FLOPS = 5_000_000
+"""Operations of the projections of a context below which a call is left to the module: planning takes some 20 microseconds."""
 KEPT_USES = 32
 """Reads that a context which arrived twice is planned for."""
 
@@ -59,10 +62,18 @@ class Reader:
     def __init__(self, owner: nn.Module, borrowing: Borrowing, *, own_is_fused: bool = True, keeps: bool = True) -> None:
         self.owner, self.borrowing, self.own_is_fused, self.keeps = owner, borrowing, own_is_fused, keeps
         self._kept = Kept()
+        self._queries: Once[PreparedQueries] = Once()
         self._plans: dict[Any, Plan] = {}
+        value_width = borrowing.value_head_dim or borrowing.head_dim
+        self._flops_per_number = 2 * (borrowing.kv_heads or borrowing.heads) * (borrowing.head_dim + value_width)
+        self._left: set[tuple[Any, ...]] = set()
         self._ran: dict[tuple[Any, ...], int] = {}
 
     # ------------------------------------------------------------------------------------------------- one call
+
+    def is_small(self, context: Tensor) -> bool:
+        """Whether a context is so small that nothing can be gained; asked first, as such calls are short."""
+        return context.numel() * self._flops_per_number < LEAST_FLOPS
 
     def read(
         self,
@@ -84,22 +95,28 @@ class Reader:
             context_mask: bool (z, m), True = may be attended.
             attn_mask: bool or floating, broadcastable to (z, h, n, m), or (z, r, h, n, m).
             wants_weights: whether the weights are asked for too.
-            must: whether the call may not be left to the module, as where that would not be defined in rows without a live key.
+            must: whether the call may not be left to the module, as where that gives NaN in rows without a live key.
 
         Returns:
-            None if the module's own pass is as quick, or the tensors are not such that this can run (of other widths, dtypes or
-            devices than the weights, of a subclass, empty): call the own method then.
+            None if the module's own pass is as quick or the context small (`is_small`), or the tensors are not such that this can
+            run (of other widths, dtypes or devices than the weights, of a subclass, empty): call the own method then.
         """
-        keys_layer, values_layer = self.borrowing.layers()
+        if not must and self.is_small(b):
+            return None
         contexts = (b,) if values_from is None or values_from is b else (b, values_from)
+        is_building = torch.is_grad_enabled()
+        short = (a.shape, b.shape, a.dtype, is_building, wants_weights)
+        arrival, is_again = self._kept.arrival(contexts) if self.keeps and not is_building else (None, False)
+        if short in self._left and not must and not is_again:
+            return None
+        keys_layer, values_layer = self.borrowing.layers()
         if not self._fits(keys_layer, values_layer, a, contexts):
             return None
         weights = self.borrowing.weights()
-        is_building = torch.is_grad_enabled()
         makes_graph = is_building and any(t.requires_grad for t in (*contexts, *weights))
         trains = makes_graph or (is_building and a.requires_grad)
-        arrival = self._kept.arrival(contexts) if self.keeps and not makes_graph else None
-        is_again = arrival is not None and arrival.times > 1
+        if self.keeps and is_building and not makes_graph:
+            arrival, is_again = self._kept.arrival(contexts)
         plan = self._plan(keys_layer, a, b, uses=KEPT_USES if is_again else 1, trains=trains, explicit=wants_weights)
         prepared, is_kept = None, False
         if arrival is not None and is_again and not plan.scores == plan.values == "context":
@@ -113,6 +130,8 @@ class Reader:
             is_kept = True
         if prepared is None:
             if self.own_is_fused and plan.is_textbook and not must:
+                if makes_graph or not is_building or not self.keeps:
+                    self._left.add(short)
                 return None
             prepared = _prepare(keys_layer, values_layer, plan, contexts)
         if context_mask is not None:
@@ -121,25 +140,29 @@ class Reader:
         for listener in watchers_of(self.owner):
             if listener.wants("cross"):
                 listener.take(self.owner, "cross", lambda: keys_layer.score_rows(a, prepared, attn_mask=attn_mask))
+        if a.dim() == 2 and not trains and prepared.plan.scores != "query":  # learned queries are projected once
+            space = prepared.plan.scores
+            a = self._queries.get((a, *weights), lambda: keys_layer.prepare_queries(a, space=space), space)
         if context_mask is None and attn_mask is None and not wants_weights and keys_layer is values_layer and len(contexts) == 1:
             return Read(keys_layer._attend(a, prepared, None, None))
         return self._read_with(keys_layer, values_layer, a, prepared, attn_mask, wants_weights)
 
     def forget(self) -> None:
-        """Drop what is kept of contexts."""
+        """Drop what is kept of contexts, and of learned queries."""
         self._kept.forget()
+        self._queries.forget()
 
     def _read_with(
         self,
         keys_layer: CrossAttention,
         values_layer: CrossAttention,
-        a: Tensor,
+        a: Tensor | PreparedQueries,
         prepared: PreparedContext,
         attn_mask: Tensor | None,
         wants_weights: bool,
     ) -> Read:
         """The read with masks, weights, or values of another context."""
-        if attn_mask is not None and a.dim() == 4:
+        if attn_mask is not None and isinstance(a, Tensor) and a.dim() == 4:
             attn_mask = fold_repeats(attn_mask, a.shape[1], a.shape[2])
         queries, _, _ = keys_layer._ask(a, prepared, None)
         bias = None if prepared.key_bias is None else prepared.key_bias.unsqueeze(2)
@@ -149,7 +172,7 @@ class Reader:
             out, weights = _explicitly(values_layer, prepared, queries, mask, keys_layer.scale)
         else:
             out = execute.execute(values_layer, prepared.plan, queries, prepared.keys, prepared.values, mask, 0.0)
-        if a.dim() == 4:
+        if isinstance(a, Tensor) and a.dim() == 4:
             out = out.unflatten(1, (a.shape[1], a.shape[2]))
         return Read(out, weights, mask.live)
 
@@ -187,7 +210,9 @@ class Reader:
         if not explicit:
             return choice.plan
         legal = [c for c in choice.candidates if c.plan.kernel == "explicit" and not reasons_against(c.plan, forbidden)]
-        return min(legal, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan
+        best = min(legal, key=lambda c: (c.exceeds_memory, c.cost.seconds))
+        usual = next(c for c in legal if c.plan.is_textbook)
+        return best.plan if best.cost.seconds < ADVANTAGE * usual.cost.seconds else usual.plan
 
     def _note(self, plan: Plan, a: Tensor, b: Tensor, is_kept: bool) -> None:
         key = (plan, tuple(a.shape), tuple(b.shape), is_kept)

@@ -103,11 +103,23 @@ class _Lender:
 
 
 def _run(mha: nn.MultiheadAttention, reader: Reader, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) >= 3 and (args[0] is args[1] or _is_small_and_plain(reader, args, kwargs)):
+        return own(*args, **kwargs)  # self-attention, or too short to plan
     given = _arguments(args, kwargs)
     if given is None:
         return own(*args, **kwargs)
     out = _read(mha, reader, **given)
     return own(*args, **kwargs) if out is None else out
+
+
+def _is_small_and_plain(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return (
+        len(args) == 3
+        and isinstance(args[1], Tensor)
+        and reader.is_small(args[1])
+        and kwargs.get("key_padding_mask") is None
+        and kwargs.get("attn_mask") is None
+    )
 
 
 _NAMES = tuple(_SIGNATURE.parameters)[1:]

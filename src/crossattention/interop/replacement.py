@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from crossattention.attention.products import is_traced, is_transformed
+from crossattention.attention.products import is_transformed
 from crossattention.interop.seats import Look, Stand
 
 Own = Callable[..., Any]
@@ -145,7 +145,7 @@ class Replacement(Stand):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The method, by a plan; the module's own inside graphs, traces and transforms, and after `undo`."""
-        if self.is_retired or torch.compiler.is_compiling() or is_transformed() or is_traced():
+        if self.is_retired or torch.compiler.is_compiling() or is_transformed() or torch._C._get_tracing_state():
             return self.own(*args, **kwargs)
         if self.check is not None:
             return self.check.run(self, args, kwargs)
