@@ -165,8 +165,11 @@ def test_weights_that_are_asked_for_come_from_the_module_s_own_forward() -> None
         assert len(out.cross_attentions) == 2
         for found, wanted in zip(out.cross_attentions, expected.cross_attentions, strict=True):
             assert torch.equal(found, wanted)
-        faster.config.output_attentions = True
-        assert len(read(faster).cross_attentions) == 2
+    faster = drawn(bart())
+    faster.set_attn_implementation("eager")
+    speed_up(faster)
+    faster.config.output_attentions = True
+    assert len(read_text(faster).cross_attentions) == 2
 
 
 @slow
@@ -222,7 +225,7 @@ def test_checkpointed_layers_train_the_same() -> None:
                 module.p = 0.0
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0
-    faster.gradient_checkpointing_enable()
+    getattr(faster, "activation_checkpointing_enable", faster.gradient_checkpointing_enable)()
     wanted, found = (gradients(m, read_text(m)[0]) for m in (model, faster))
     for name, gradient in wanted.items():
         assert_close(found[name], gradient)
@@ -405,7 +408,7 @@ def test_other_sources_weights_and_threads_follow_each_other() -> None:
 
     model = drawn(bart())
     faster, _ = sped_up(model)
-    other = SOURCE.flip(1) + 1
+    other = SOURCE.flip(1)
     for ids in (SOURCE, other, SOURCE):
         assert torch.equal(faster.generate(ids, num_beams=3, max_new_tokens=6), model.generate(ids, num_beams=3, max_new_tokens=6))
     for m in (model, faster):
@@ -457,19 +460,11 @@ def test_classes_that_are_not_known_are_left_alone_with_the_reason() -> None:
 @slow
 def test_every_class_of_a_family_has_the_forward_pass_of_its_family() -> None:
     """By name, each class in the table exists; its projections and sizes have the attributes that the family names."""
-    import importlib
-    import pkgutil
+    from pathlib import Path
 
     found = {}
-    for package in pkgutil.iter_modules(transformers.models.__path__):
-        try:
-            file = importlib.util.find_spec(f"transformers.models.{package.name}.modeling_{package.name}")
-        except ModuleNotFoundError:
-            continue
-        if file is None or file.origin is None:
-            continue
-        with open(file.origin, encoding="utf-8") as opened:
-            code = opened.read()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        code = file.read_text(encoding="utf-8")
         found |= {name: code for name in FAMILIES if f"\nclass {name}(nn.Module)" in code}
     assert found.keys() == FAMILIES.keys()
     for name, family in FAMILIES.items():

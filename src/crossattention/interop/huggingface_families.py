@@ -127,6 +127,11 @@ def family_of(module: nn.Module) -> Family | None:
     return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
 
 
+def known_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules of a family's class, or of a class that was made from one."""
+    return [module for module in model.modules() if any(kind.__name__ in FAMILIES for kind in type(module).__mro__)]
+
+
 def reads_itself(module: nn.Module, name: str) -> bool:
     """Whether a module is there for self-attention, as far as its name in the model and what it has tell."""
     path = name.split(".")

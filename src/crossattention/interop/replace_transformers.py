@@ -33,6 +33,7 @@ from crossattention.interop.huggingface_families import (
     Given,
     family_of,
     heads_of,
+    known_modules,
     reads_itself,
 )
 from crossattention.interop.huggingface_generation import CACHES, Generations, Source
@@ -59,7 +60,7 @@ def find(model: nn.Module) -> Iterator[Replaceable | LeftAlone]:
     generations, masks = Generations(), Masks()
     names = {id(module): name for name, module in model.named_modules()}
     found = False
-    for module in attention_modules(model):
+    for module in dict.fromkeys((*attention_modules(model), *known_modules(model))):
         if not can_cross(module) or reads_itself(module, names[id(module)]):
             continue
         family = family_of(module)
@@ -192,6 +193,8 @@ class ModuleReader:
             return None
         if a.shape[2] != layer.query_dim or b.shape[2] != layer.context_dim:
             return None
+        if family is MLLAMA and b.shape[0] % a.shape[0] == 0:
+            b = b.reshape(a.shape[0], -1, b.shape[2])  # the tiles of an item's images, one after the other
         if a.shape[0] != b.shape[0]:
             is_shared = family is QFORMER and a.shape[0] == 1
             return self._read_once(given, a[0], b) if is_shared else None
