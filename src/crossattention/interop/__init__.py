@@ -1,5 +1,6 @@
 """Other libraries' modules: taken over, looked into, sped up. One file a library."""
 
+from crossattention.interop.huggingface_kernel import register_attention
 from crossattention.interop.onnx import OnnxExport, export_onnx
 from crossattention.interop.record import Recording, record_attention
 from crossattention.interop.recording import Layer, Recorded
@@ -15,5 +16,6 @@ __all__ = [
     "export_onnx",
     "from_multihead_attention",
     "record_attention",
+    "register_attention",
     "speed_up",
 ]
