@@ -1,4 +1,4 @@
-"""RETRO token by token and head by head, from the paper's algorithm and a state dict alone; and its listing 1, typed again."""
+"""RETRO token by token, from the paper's algorithm and a state dict alone; and its listing 1, typed again."""
 
 import math
 
@@ -29,20 +29,19 @@ class Oracle:
         q = (a @ self.w[f"{name}.q_proj.weight"].T + self.w[f"{name}.q_proj.bias"]).unflatten(-1, (heads, -1))
         k, v = ((b @ self.w[f"{name}.{which}_proj.weight"].T).unflatten(-1, (heads, -1)) for which in "kv")
         r_proj, bias = self.w[f"{name}.positions.r_proj.weight"], self.w[f"{name}.positions.bias"]
+        distances = range(min(p) - max(s), max(p) - min(s) + 1)
+        r = {d: (r_proj @ sinusoids(d, r_proj.shape[1])).unflatten(0, (heads, -1)) for d in distances}
         out = []
         for i in range(len(a)):
-            read = []
-            for head in range(heads):
-                seen = [j for j in range(len(b)) if may_read(i, j)]
-                if not seen:
-                    read.append(torch.zeros_like(v[0, head]))
-                    continue
-                scores = []
-                for j in seen:
-                    at = (r_proj @ sinusoids(p[i] - s[j], r_proj.shape[1])).unflatten(0, (heads, -1))[head]
-                    scores.append((q[i, head] @ k[j, head] + (q[i, head] + bias[head]) @ at) / math.sqrt(q.shape[-1]))
-                read.append(torch.stack(scores).softmax(0) @ v[seen, head])
-            out.append(torch.cat(read))
+            seen = [j for j in range(len(b)) if may_read(i, j)]
+            if not seen:
+                out.append(torch.zeros_like(v[0]).flatten())
+                continue
+            at = torch.stack([r[p[i] - s[j]] for j in seen])
+            content = torch.einsum("hk,jhk->hj", q[i], k[seen])
+            position = torch.einsum("hk,jhk->hj", q[i] + bias, at)
+            weights = ((content + position) / math.sqrt(q.shape[-1])).softmax(-1)
+            out.append(torch.einsum("hj,jhk->hk", weights, v[seen]).flatten())
         return torch.stack(out) @ self.w[f"{name}.out_proj.weight"].T
 
     def encode(self, ids: Tensor, chunk: Tensor, real: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """RETRO against the paper's algorithm written out, and what must never leak: later tokens, later neighbours, filling."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -72,7 +73,10 @@ def inputs(n: int = 14, k: int = 2, r: int = 7, z: int = 2, seed: int = 3) -> tu
     ("preset", "millions", "decoder"),
     [(retro_172m, 172.5, 132.1), (retro_425m, 425.5, 368.1), (retro_1_5b, 1451.4, 1308.6), (retro_7_5b, 7531.5, 6979.3)],
 )
-def test_the_published_sizes_have_the_published_parameters(preset, millions, decoder) -> None:
+def test_the_published_sizes_have_the_published_parameters(preset, millions, decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for draw in ("kaiming_uniform_", "xavier_uniform_", "normal_", "zeros_", "ones_"):
+        monkeypatch.setattr(torch.nn.init, draw, lambda tensor, **options: tensor)
+    monkeypatch.setattr(Retro, "reset_parameters", lambda model: None)
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in Retro(preset()).named_parameters() if "embedding" not in name}
     matrices = {name: size for name, size in sizes.items() if name.endswith("weight") and "norm" not in name}
@@ -81,7 +85,7 @@ def test_the_published_sizes_have_the_published_parameters(preset, millions, dec
     assert sum(sizes.values()) / 1e6 == pytest.approx(millions, rel=5e-4)  # norms and position biases are that little
 
 
-@pytest.mark.parametrize("n", [3, 4, 8, 14, 15])
+@pytest.mark.parametrize("n", [3, 8, 14])
 def test_it_is_the_algorithm_written_out(n: int) -> None:
     model = small()
     ids, neighbours, mask = (given if n == 14 else given[:1] for given in inputs(n))
@@ -146,28 +150,28 @@ def test_the_merge_over_neighbours_is_one_softmax_over_all_their_tokens() -> Non
 # ------------------------------------------------------------------------------------------------------- what may leak
 
 
-@pytest.mark.parametrize("at", [0, 2, 3, 4, 7, 8, 13])
-def test_a_token_changes_nothing_before_it(at: int) -> None:
+def test_a_token_changes_nothing_before_it() -> None:
     model = small()
     ids, neighbours, mask = inputs()
-    changed = ids.clone()
-    changed[:, at] = (ids[:, at] + 1) % SMALL.vocab_size
-    before, after = model(ids, neighbours, mask), model(changed, neighbours, mask)
-    assert torch.equal(before[:, :at], after[:, :at])
-    assert (before[:, at] != after[:, at]).any(-1).all()
+    before = model(ids, neighbours, mask)
+    for at in range(ids.shape[1]):
+        changed = ids.clone()
+        changed[:, at] = (ids[:, at] + 1) % SMALL.vocab_size
+        after = model(changed, neighbours, mask)
+        assert torch.equal(before[:, :at], after[:, :at])
+        assert (before[:, at] != after[:, at]).any(-1).all()
 
 
-@pytest.mark.parametrize("u", [0, 1, 2])
-def test_a_neighbour_first_bears_on_the_last_token_of_its_chunk_and_on_none_before(u: int) -> None:
+def test_a_neighbour_first_bears_on_the_last_token_of_its_chunk_and_on_none_before() -> None:
     model = small()
-    ids, neighbours, _ = inputs()
-    for k in range(2):
-        for token in (0, 6):
-            changed = neighbours.clone()
-            changed[:, u, k, token] = (neighbours[:, u, k, token] + 1) % SMALL.vocab_size
-            differs = (model(ids, neighbours) != model(ids, changed)).any(-1)
-            first = u * C + C - 1
-            assert not differs[:, :first].any() and differs[:, first].all()
+    ids, neighbours, _ = inputs(k=2, r=5)
+    before = model(ids, neighbours)
+    for u, k, token in product(range(3), range(2), range(5)):
+        changed = neighbours.clone()
+        changed[:, u, k, token] = (neighbours[:, u, k, token] + 1) % SMALL.vocab_size
+        differs = (before != model(ids, changed)).any(-1)
+        first = u * C + C - 1
+        assert not differs[:, :first].any() and differs[:, first].all()
 
 
 def test_the_first_read_of_a_chunk_ends_with_the_last_but_one_of_the_next() -> None:
@@ -179,12 +183,12 @@ def test_the_first_read_of_a_chunk_ends_with_the_last_but_one_of_the_next() -> N
     assert differs.nonzero()[:, 1].tolist() == [7, 8, 9, 10] * 2
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 13])
-def test_a_prefix_gets_what_the_whole_gives_it(n: int) -> None:
+def test_a_prefix_gets_what_the_whole_gives_it() -> None:
     model = small()
     ids, neighbours, mask = inputs()
     whole = model(ids, neighbours, mask)
-    assert_close(model(ids[:, :n], neighbours[:, : n // C], mask[:, : n // C]), whole[:, :n])
+    for n in range(ids.shape[1]):
+        assert_close(model(ids[:, :n], neighbours[:, : n // C], mask[:, : n // C]), whole[:, :n])
 
 
 def test_the_order_of_neighbours_says_nothing() -> None:
@@ -249,7 +253,7 @@ def looked_up(vocab_size: int = SMALL.vocab_size, k: int = 2, r: int = 7):
     return retrieve, asked
 
 
-@pytest.mark.parametrize("sizes", [[1] * 14, [14], [3, 1, 1, 5, 4], [4, 4, 4, 2], [5, 9]])
+@pytest.mark.parametrize("sizes", [[1] * 14, [14], [3, 1, 1, 5, 4], [4, 4, 6]])
 def test_steps_are_the_forward_pass(sizes: list[int]) -> None:
     model = small()
     ids, neighbours, mask = inputs()
