@@ -553,8 +553,8 @@ class RetroRun(Run):
         if facts_of(database)["sha256"] != self.description["database"]["sha256"]:
             raise ValueError(
                 f"the database in {database.path} is not as it was when the run was trained: it has {database.num_chunks:,} "
-                f"chunks, then it had {self.description['database']['chunks']:,}; scores would not be of the same text: put it back, "
-                "or train again"
+                f"chunks, then it had {self.description['database']['chunks']:,}; scores would not be of the same text: put it "
+                "back, or train again"
             )
         parts = parts_of(database)
         neighbourhood = Neighbourhood(database, parts["train"]) if self.config.neighbours else None
