@@ -1,6 +1,6 @@
-"""RETRO's chunk database: chunks of text, their embeddings, their nearest neighbours, searches; explicit files, restartable steps."""
+"""RETRO's chunk database: chunks of text, their embeddings and nearest neighbours, searches; explicit files, restartable steps."""
 
-from crossattention.retrieval.build import Built, Settings, build
+from crossattention.retrieval.building import Built, Settings, build
 from crossattention.retrieval.chunks import Chunks, cut, longest_common_run
 from crossattention.retrieval.database import Database, Neighbours
 from crossattention.retrieval.documents import Problems

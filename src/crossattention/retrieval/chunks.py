@@ -65,8 +65,7 @@ class Chunker:
         ids = np.asarray(encoding.ids, dtype=np.int64)
         first = -self._count % self.length
         if first < len(ids):
-            offsets = encoding.offsets
-            starts = [offsets[place][0] for place in range(first, len(ids), self.length)]
+            starts = [encoding.token_to_chars(place)[0] for place in range(first, len(ids), self.length)]
             self._begins += [self._bytes + place for place in _byte_places(text, starts)]
         self._tokens.append(ids)
         self._count += len(ids)

@@ -1,4 +1,4 @@
-"""A chunk database, opened: tokens, neighbours with their continuations, and searches. `build` makes one.
+"""A chunk database, opened: tokens, neighbours with their continuations, and searches. `building` makes one.
 
     DB/
       database.json     what counts: sizes, settings, rows and checksums of each array, the index's files, its own SHA-256
@@ -383,7 +383,7 @@ class Database:
         """
         if self._embedder is None:
             description = self.embedder_description
-            if description.get("kind") != "ngrams":
+            if "counts" not in self.state["arrays"]:
                 raise ValueError(
                     f"the database in {self.path} was made with an embedder that it does not hold "
                     f"({names_of(description)}): give it "
@@ -554,8 +554,10 @@ def group_of(name: str, same: str | None) -> int:
 
     Example:
         >>> same = r"models/([^/]+)/"
-        >>> group_of("models/bert/a.py", same) == group_of("models/bert/b.py", same), group_of("a.py", same) == group_of("b.py",
-        same) (True, False)
+        >>> group_of("models/bert/a.py", same) == group_of("models/bert/b.py", same)
+        True
+        >>> group_of("a.py", same) == group_of("b.py", same)
+        False
     """
     found = re.search(same, name) if same else None
     key = f"name:{name}" if found is None else f"same:{'/'.join(part or '' for part in found.groups()) or found[0]}"

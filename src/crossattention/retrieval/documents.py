@@ -1,7 +1,7 @@
 """Documents of a corpus: text files, lines of JSONL files, rows of Parquet files; one with a fault is named and left out.
 
 What lives here: walking folders, reading documents one after the other from any place on. What does not: tokens (`chunks`), and
-which documents a database holds already (`build`).
+which documents a database holds already (`building`).
 
 A *source* is a file, a *document* a text in it: a text file is one document of the source's own name, a line of `words.jsonl` is
 `words.jsonl#LINE` (from 1), a row of `words.parquet` `words.parquet#ROW` (from 0). All text is UTF-8.

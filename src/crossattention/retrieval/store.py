@@ -1,7 +1,7 @@
 """Files of a chunk database: arrays that only grow, and JSON that is written whole or not at all.
 
 What lives here: array files with a header, how many of their rows count and what these rows' checksums are; JSON with a checksum
-of its own; files that appear complete; the lock of a folder. What does not: which arrays a database has (`build`, `database`).
+of its own; files that appear complete; the lock of a folder. What does not: which arrays a database has (`building`, `database`).
 
 An array file is a header of 4,096 bytes (a magic line, then one line of JSON: name, dtype, shape of a row, and facts such as
 hashes of the tokenizer and the embedder that made it; zeros to its end) and rows of fixed size behind it. Rows are appended,

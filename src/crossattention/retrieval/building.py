@@ -77,7 +77,7 @@ class Settings:
         same: pattern (re.search) on document names: what its groups find is one for documents that shall not find each other;
             without it each document is by itself.
         neighbours: width of the table; 10; 0 for none.
-        exact_below: chunks up to which every embedding is looked at; 200,000.
+        exact_below: chunks up to which every embedding is looked at; 50,000.
         strict: whether a file or document that cannot be read is an error; else it is left out and named; no.
     """
 
@@ -115,7 +115,7 @@ DEFAULTS: dict[str, Any] = {
     "pattern": "*",
     "same": None,
     "neighbours": 10,
-    "exact_below": 200_000,
+    "exact_below": 50_000,
 }
 _FIXED = ("chunk_length", "vocab_size", "tokenizer_bytes", "same")  # what documents that are added later cannot change
 
@@ -296,7 +296,7 @@ class _Build:
         """Whether the table has another width than is asked for, or the index another kind."""
         assert self.before is not None
         rows = int(self.before["arrays"]["tokens"]["rows"])
-        kind = "exact" if rows <= settings["exact_below"] else "ivf-pq"
+        kind = "exact" if _is_exact(rows, settings["exact_below"]) else "ivf-pq"
         return bool(settings["neighbours"] != self.before["neighbours"]["k"] or kind != self.before["index"]["kind"])
 
     def _check_same(self, pending: dict[str, Any], added: list[Source], settings: dict[str, Any]) -> None:
@@ -343,7 +343,7 @@ class _Build:
         if own is None:
             return
         if self.embedder is None:
-            if own["description"].get("kind") != "ngrams":
+            if "counts" not in self.state["arrays"]:
                 raise ValueError(
                     f"the database in {self.path} was made with an embedder that it does not hold "
                     f"({own['description'].get('kind')}, {own['sha256'][:12]}...): give it again (--embedder PATH)"
@@ -446,7 +446,7 @@ class _Build:
 
     def _index(self) -> None:
         total, index = self._rows("tokens"), self.state.get("index", {"kind": "exact"})
-        if total <= self.settings["exact_below"]:
+        if _is_exact(total, self.settings["exact_below"]):
             self.state["index"] = {"kind": "exact"}
             self._save()
             return
@@ -713,6 +713,11 @@ class _TableStep:
     def read(self, name: str) -> np.ndarray:
         file, extent = array_of(self.owner.path, self.owner.state, name)
         return file.read(extent)
+
+
+def _is_exact(chunks: int, exact_below: int) -> bool:
+    """Whether searches look at every embedding; codes of 8 bits are trained on at least 256 of them."""
+    return chunks <= max(exact_below, 255)
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
