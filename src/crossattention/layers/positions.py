@@ -307,11 +307,13 @@ class RelativeLogits(PositionPart):
         n, m = rows.length, columns.length
         furthest = rows.start + n - 1 - columns.start
         projected = self._projected(furthest, furthest - (n + m - 2), queries)
-        logits = torch.einsum("zhnk,uhk->zhnu", queries, projected)
-        logits = logits.unflatten(2, (rows.count, n))
-        if n > 1:
-            flat = logits.flatten(-2)[..., n - 1 : n - 1 + n * (n + m - 2)]
-            logits = flat.unflatten(-1, (n, n + m - 2))[..., :m]
+        logits = torch.einsum("zhnk,uhk->zhnu", queries, projected).unflatten(2, (rows.count, n))
+        if n > 1:  # one view, whose gradient is written once
+            strides = logits.stride()
+            shape = (*logits.shape[:3], n, m)
+            logits = logits.as_strided(
+                shape, (*strides[:3], strides[3] - strides[4], strides[4]), logits.storage_offset() + (n - 1) * strides[4]
+            )
         logits = logits.flatten(2, 3)
         return logits if columns.count == 1 else logits.repeat(1, 1, 1, columns.count)
 
