@@ -98,8 +98,8 @@ def test_scores_are_those_of_the_model_with_these_neighbours_without_and_with_ot
 
 
 def test_it_continues_a_text_and_names_what_it_read(task: RetroTask, run: RetroRun) -> None:
-    [[first, second]] = list(run.predict([prompt_of(task)], num_hypotheses=2))
-    [[again]] = list(run.predict([prompt_of(task)]))
+    [[first, second]] = run.writer.continue_texts([prompt_of(task)], num_hypotheses=2, new_tokens=6)
+    [[again]] = run.writer.continue_texts([prompt_of(task)], new_tokens=6)
     assert again == first and first.text and second.score <= 0.0
     train = {task.database.document_name(int(document)) for document in task.parts["train"]}
     assert first.neighbours and {name for chunk in first.neighbours for name in chunk} <= train
@@ -108,7 +108,7 @@ def test_it_continues_a_text_and_names_what_it_read(task: RetroTask, run: RetroR
 
 
 def test_the_view_shows_of_each_token_the_neighbours_of_its_chunk_alone(task: RetroTask, run: RetroRun) -> None:
-    shown = run.view(prompt_of(task))
+    shown = run.view(prompt_of(task), "du ba")
     [first, second] = shown.layers
     assert first.name == "layers.0.cross_attention" and second.weights.shape[1:] == (shown.queries.length, shown.context.length)
     assert np.allclose(first.weights.sum(-1), 1.0, atol=1e-5)

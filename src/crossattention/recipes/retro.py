@@ -65,6 +65,7 @@ OVERLAPS = MappingProxyType({"overlap_to_1_8": (-1.0, 0.125), "overlap_to_1_2": 
 NO_SOURCE = ("site-packages", "dist-packages", "__pycache__")
 """Folders of the standard library that hold other people's packages, or no source."""
 
+_NO_LABEL = -100
 _TOGETHER = 16  # windows that are scored at once
 _PROMPT_CHUNKS = 2
 
@@ -308,8 +309,8 @@ class RetroTask:
         """The cross-entropy of the real tokens but each window's first; mean, in nats."""
         neighbours = (batch.neighbours, batch.neighbour_mask) if batch.neighbours.shape[2] else ()
         logits = model(batch.ids[:, :-1], *neighbours)
-        real = batch.real[:, 1:]
-        return F.cross_entropy(logits[real].float(), batch.ids[:, 1:][real])
+        labels = batch.ids[:, 1:].masked_fill(~batch.real[:, 1:], _NO_LABEL)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_NO_LABEL)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Bits per byte of validation windows, always the same ones, and a text to look at."""
