@@ -2,8 +2,8 @@
 
     python benchmarks/retro_plot.py RUN [RUN ...] [--out docs/retro-training.png]
 
-RUN is a folder that `crossattention train retro` wrote; its metrics.jsonl is read. Of a plain language model (--neighbours 0) there is
-one curve.
+RUN is a folder that `crossattention train retro` wrote; its metrics.jsonl is read. Of a plain language model (--neighbours 0) there
+is one curve.
 """
 
 import argparse
