@@ -25,7 +25,14 @@ from crossattention.attention.cross_attention import (
     head_widths,
     reset_projections,
 )
-from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks
+from crossattention.attention.masks import (
+    ScoreMask,
+    check_attn_mask,
+    check_context_mask,
+    combine_masks,
+    score_dtype_of,
+    to_score_dtype,
+)
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
 from crossattention.attention.products import is_traced, is_transformed, project
 
@@ -310,9 +317,19 @@ class SelfAttention(nn.Module):
             score_mask,
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
-            kernel="explicit" if _is_quicker_written_out(queries, keys, values) else "fused",
+            kernel="explicit" if self._learns_scores() or _is_quicker_written_out(queries, keys, values) else "fused",
         )
         return project(self.out_proj, read.transpose(1, 2).flatten(2))
+
+    def _learns_scores(self) -> bool:
+        """Whether a gradient may flow into what is added to the scores, which no fused kernel computes.
+
+        Not whether it does: frozen weights give what they gave while they were trained, to the bit.
+        """
+        part = self.positions
+        if part is None or not part.adds_to_scores or not torch.is_grad_enabled():
+            return False
+        return part.reads_queries or any(True for _ in part.parameters())
 
     def _mask(
         self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int
@@ -328,6 +345,8 @@ class SelfAttention(nn.Module):
             bias = self.positions.score_bias(read, rows, columns, self.scale)
         if self.is_causal and not (isinstance(n, int) and n == 1 and offset == m - 1):
             causal = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(offset)
+            if attn_mask is None and mask is None and bias is not None:  # every row has itself to attend to
+                return ScoreMask(torch.where(causal, to_score_dtype(bias, score_dtype_of(queries)), -torch.inf), None)
             if attn_mask is None:
                 attn_mask = causal
             elif attn_mask.dtype == torch.bool:
