@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "listener": ("crossattention.models.listener", "Listener"),
     "perceiver": ("crossattention.models.perceiver", "PerceiverIO"),
     "picture_reader": ("crossattention.models.picture_reader", "PictureReader"),
+    "retro": ("crossattention.models.retro", "Retro"),
     "transformer": ("crossattention.models.transformer", "Transformer"),
 }
 """Name in `config.json` -> module and class of each model family."""
