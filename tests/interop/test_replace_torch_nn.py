@@ -280,7 +280,7 @@ def test_modes_do_not_share_what_is_kept(plans_for_all):
 
 
 def test_nothing_is_kept_of_a_memory_that_is_gone(plans_for_all):
-    mha, _, changes, _, key = steps(plans_for_all)
+    _, _, changes, _, key = steps(plans_for_all)
     (reader,) = changes._replacements[0].what.plans
     assert reader._kept._last is not None
     del key
