@@ -2,9 +2,9 @@
 
     python benchmarks/speed_up.py [--only WORD] [--budget 20] [--threads 2] [--processor-time] [--json FILE]
 
-Models with random weights at real sizes (nothing is downloaded; float32, no gradients, unless the line says "training"), as they are
-and sped up, in turn in one process in shuffled order; figures are medians. Before, outputs are compared. A case is a function that
-gives a model and how it is called; cases of libraries that are not installed are left out, and named.
+Models with random weights at real sizes (nothing is downloaded; float32; no gradients, unless the line says "training"), as they
+are and sped up, in turn in one process in shuffled order; figures are medians. Before, outputs are compared. A case is a function
+that gives a model and how it is called; cases of libraries that are not installed are left out, and named.
 """
 
 import argparse
@@ -152,7 +152,7 @@ CASES = (
 def tensors(out: object) -> Iterator[torch.Tensor]:
     """The tensors of an output."""
     if isinstance(out, torch.Tensor):
-        yield out
+        yield out.detach()
     elif isinstance(out, list | tuple):
         for one in out:
             yield from tensors(one)
