@@ -121,7 +121,7 @@ class Changes:
     @property
     def replaced(self) -> tuple[str, ...]:
         """Names of the modules whose attention runs by plans, as in `model.named_modules()`; each once."""
-        return tuple(dict.fromkeys(self._name(one) for one in self._replacements))
+        return tuple(dict.fromkeys(self._name(one) for one in self._replacements if one.what.plans))
 
     @property
     def is_undone(self) -> bool:
