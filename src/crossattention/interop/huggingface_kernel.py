@@ -220,8 +220,6 @@ def unsupported(model: Any) -> str | None:
     can_set: Callable[[], bool] | None = getattr(kind, "_can_set_attn_implementation", None)
     if can_set is not None and not can_set():
         return "its attention does not go through transformers' AttentionInterface, so nothing can be set"
-    if not getattr(kind, "_supports_sdpa", True) and "get_interface(" in _code_of(kind.__module__):
-        return "transformers says that no fused kernel runs it (_supports_sdpa is False)"
     for config in _configs(getattr(model, "config", None)):
         capped = [name for name, value in vars(config).items() if "attn" in name and "softcap" in name and value]
         if capped:
