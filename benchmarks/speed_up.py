@@ -3,8 +3,9 @@
     python benchmarks/speed_up.py [--only WORD] [--budget 20] [--threads 2] [--processor-time] [--json FILE]
 
 Models with random weights at real sizes (nothing is downloaded; float32, no gradients, unless the line says "training"), as they
-are and sped up, in turn in one process in shuffled order; figures are medians. Before, outputs are compared. A case is a function that
-gives a model and how it is called; cases of libraries that are not installed are left out, and named.
+are and sped up, in turn in one process in shuffled order; figures are medians. Before, outputs are compared. A case is a function
+that gives a model and how it is called; cases of libraries that are not installed are left out, and named. Where a model generates
+with beams, the bytes of keys and values of the source are told that are alive at its last step.
 """
 
 import argparse
