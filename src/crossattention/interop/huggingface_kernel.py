@@ -55,6 +55,7 @@ def register_attention() -> None:
     Source: docs/speed_up.md.
 
     Example:
+        >>> import torch
         >>> from crossattention.interop import register_attention
         >>> register_attention()
         >>> from transformers import BartConfig, BartModel
