@@ -372,7 +372,7 @@ def test_steps_by_hand_fill_and_read_the_cache_as_before(make: Callable[[], nn.M
 @pytest.mark.parametrize("cache", [True, False])
 def test_what_is_kept_is_never_stale(cache: bool) -> None:
     """Weights and states that change while something is generated are seen as the module itself would see them."""
-    options = {"num_beams": 2, "max_new_tokens": 6, "min_new_tokens": 6, "use_cache": cache}
+    options = {"num_beams": 1, "max_new_tokens": 6, "min_new_tokens": 6, "use_cache": cache}
 
     class Meddle(transformers.LogitsProcessor):
         def __init__(self, model: nn.Module, states: Tensor) -> None:
@@ -387,19 +387,22 @@ def test_what_is_kept_is_never_stale(cache: bool) -> None:
             return scores
 
     found = []
-    for faster in (False, True):
+    for faster, meddles in ((False, True), (True, True), (True, False)):
         model = drawn(bart())
         states = model.get_encoder()(SOURCE, attention_mask=MASK.long()).last_hidden_state.detach()
         if faster:
             speed_up(model)
         outputs = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
         given = {"encoder_outputs": outputs, "attention_mask": MASK.long(), "return_dict_in_generate": True, "output_scores": True}
-        beams = {**options, "num_beams": 1}
-        found.append(model.generate(**given, **beams, logits_processor=[Meddle(model, states)]))
-    if not cache:  # with a cache, the module itself would go on with what it projected before
-        assert torch.equal(found[0].sequences, found[1].sequences)
-        for own, ours in zip(found[0].scores, found[1].scores, strict=True):
-            assert_close(ours, own)
+        changes = [Meddle(model, states)] if meddles else []
+        found.append(model.generate(**given, **options, logits_processor=changes))
+    own, ours, undisturbed = found
+    assert_close(ours.scores[1], undisturbed.scores[1])
+    assert not torch.allclose(ours.scores[2], undisturbed.scores[2], atol=1e-3)
+    if not cache:  # with a cache, the module itself goes on with what it projected before
+        assert torch.equal(own.sequences, ours.sequences)
+        for before, after in zip(own.scores, ours.scores, strict=True):
+            assert_close(after, before)
 
 
 @slow
