@@ -166,7 +166,7 @@ CASES = (
 def tensors(out: object) -> Iterator[torch.Tensor]:
     """The tensors of an output."""
     if isinstance(out, torch.Tensor):
-        yield out
+        yield out.detach()
     elif isinstance(out, list | tuple):
         for one in out:
             yield from tensors(one)
