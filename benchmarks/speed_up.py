@@ -2,9 +2,10 @@
 
     python benchmarks/speed_up.py [--only WORD] [--budget 20] [--threads 2] [--processor-time] [--json FILE]
 
-Models with random weights at real sizes (nothing is downloaded; float32; no gradients, unless the line says "training"), as they
+Models with random weights at real sizes (nothing is downloaded; float32, no gradients, unless the line says "training"), as they
 are and sped up, in turn in one process in shuffled order; figures are medians. Before, outputs are compared. A case is a function
-that gives a model and how it is called; cases of libraries that are not installed are left out, and named.
+that gives a model and how it is called; cases of libraries that are not installed are left out, and named. Where a model generates
+with beams, the bytes of keys and values of the source are told that are alive at its last step.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import speed_up_transformers as of_transformers
 import torch
 from machine import machine, print_machine, versions
 from timing import interleaved
@@ -38,6 +40,7 @@ class Case:
         wanted: how many times faster it is to be.
         needs: the library that it takes.
         trains: whether gradients are made.
+        memory: gives the bytes of keys and values of the source that a model holds while it is run.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Case:
     wanted: float = FLOOR
     needs: str = "torch"
     trains: bool = False
+    memory: Callable[[nn.Module, Callable[[nn.Module], object]], int] | None = None
 
 
 def attention_pool(batch: int, tokens: int) -> tuple[nn.Module, Callable[[nn.Module], object]]:
@@ -146,6 +150,16 @@ CASES = (
     Case("denoising, 4,096 positions of 320", lambda: denoising(4096, 320), FLOOR, "diffusers"),
     Case("denoising, 256 positions of 1,280", lambda: denoising(256, 1280), FLOOR, "diffusers"),
     Case("x-transformers, 16 latents on 1,024", cross_attender, FLOOR, "x_transformers"),
+    Case("Q-Former, 1 image", of_transformers.qformer, 1.2, "transformers"),
+    Case("Q-Former, 1 image for one text after another", of_transformers.qformer_again, 1.2, "transformers"),
+    Case("Q-Former, 8 images", of_transformers.qformer_batch, FLOOR, "transformers"),
+    Case("BART-base, 4 beams, source 1,024", of_transformers.bart_base, 1.5, "transformers", False, of_transformers.cross_bytes),
+    Case("T5-base, 4 beams, source 1,024", of_transformers.t5_base, 1.5, "transformers", False, of_transformers.cross_bytes),
+    Case("Whisper-tiny, 5 beams", of_transformers.whisper_tiny, 1.3, "transformers", False, of_transformers.cross_bytes),
+    Case("Marian, greedy, source 32", of_transformers.marian_short, FLOOR, "transformers"),
+    Case("BART-base's decoder, 2 x 128 x 512", of_transformers.bart_forward, FLOOR, "transformers"),
+    Case("Perceiver, 256 latents on 2,048", of_transformers.perceiver_language, FLOOR, "transformers"),
+    Case("DETR's decoder, 100 x 850", of_transformers.detr_decoder, FLOOR, "transformers"),
 )
 
 
@@ -174,11 +188,13 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, object]:
         clock = time.process_time if given.processor_time else time.perf_counter
         timings = interleaved(calls, budget=given.budget, clock=clock)
     faster = timings["own"].median / timings["sped up"].median
+    memory = None if case.memory is None else {"own": case.memory(model, run), "sped up": case.memory(fast, run)}
     return {
         "case": case.name,
         "wanted": case.wanted,
         "faster": faster,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
+        "cross_bytes": memory,
         "changes": str(changes),
     }
 
@@ -205,7 +221,9 @@ def main() -> None:
             continue
         results.append(found := measure(case, given))
         own, ours = (1e3 * found["seconds"][name]["median"] for name in ("own", "sped up"))
-        print(f"{case.name:<46}{own:>10.2f}{ours:>12.2f}{found['faster']:>8.2f}{case.wanted:>8.2f}", flush=True)
+        memory = found["cross_bytes"]
+        share = "" if memory is None else f"  {memory['sped up'] / 1e6:.1f} of {memory['own'] / 1e6:.1f} MB for the source"
+        print(f"{case.name:<46}{own:>10.2f}{ours:>12.2f}{found['faster']:>8.2f}{case.wanted:>8.2f}{share}", flush=True)
     if left_out:
         print(f"\nleft out: {', '.join(left_out)}")
     slow = [str(found["case"]) for found in results if not found["faster"] >= found["wanted"]]
