@@ -1,0 +1,24 @@
+"""A build that prints its peak resident memory in bytes: run by `test_memory.py` in a process of its own."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from crossattention.retrieval import Settings, build
+
+
+def main() -> None:
+    corpus, path, neighbours, exact_below = sys.argv[1:]
+    peaks = {}
+
+    def note(step: str, done: int, total: int) -> None:
+        peaks[step] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    settings = Settings(vocab_size=600, neighbours=int(neighbours), exact_below=int(exact_below))
+    chunks = build(Path(path), [corpus], settings=settings, on_progress=note).added_chunks
+    print(json.dumps({"chunks": chunks, **peaks}))
+
+
+if __name__ == "__main__":
+    main()
