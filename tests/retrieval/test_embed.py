@@ -60,9 +60,7 @@ def test_projected_cosines_are_near_the_true_ones():
     first = random.integers(0, 500, (30, 64))
     second = np.where(random.random((30, 64)) < 0.5, first, random.integers(0, 500, (30, 64)))
     lengths = np.full(30, 64)
-    config = NgramConfig()
-    embedder = NgramEmbedder(np.ones(config.buckets, np.int64), 1, config)
-    wide = NgramEmbedder(np.ones(config.buckets, np.int64), 1, NgramConfig(dim=8192))
+    embedder, wide = (NgramEmbedder(np.ones(4096, np.int64), 1, NgramConfig(dim=dim, buckets=4096)) for dim in (256, 4096))
     cosines = [(e(chunks_of(first, lengths)) * e(chunks_of(second, lengths))).sum(1) for e in (embedder, wide)]
     assert np.abs(cosines[0] - cosines[1]).mean() < 2 / math.sqrt(256)
 

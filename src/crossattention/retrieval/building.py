@@ -269,6 +269,7 @@ class _Build:
         listing = list_sources(
             folders,
             pattern=settings["pattern"],
+            without=self.path,
             known=known,
             on_progress=lambda done, total: self.on_progress("list", done, total),
         )

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,11 +119,7 @@ class NgramEmbedder:
         self.config, self.num_chunks = config, num_chunks
         self.counts = np.asarray(counts, "<i8")
         self._idf = 1.0 + np.log((1.0 + num_chunks) / (1.0 + self.counts))
-        keys = np.arange(config.buckets, dtype=np.uint64)[:, None] * np.uint64(config.slots)
-        mixed = mix(keys + np.arange(config.slots, dtype=np.uint64) + np.uint64(1 << 40))
-        width = config.dim // config.slots
-        self._places = ((mixed >> np.uint64(1)) % np.uint64(width)).astype(np.int64) + np.arange(config.slots) * width
-        self._signs = np.where(mixed & np.uint64(1), 1.0, -1.0) / np.sqrt(config.slots)
+        self._places, self._signs = _projection(config)
 
     @property
     def dim(self) -> int:
@@ -160,6 +156,16 @@ class NgramEmbedder:
         vectors = np.bincount(flat.reshape(-1), signed.reshape(-1), len(tokens) * self.dim).reshape(len(tokens), self.dim)
         norms = np.sqrt((vectors * vectors).sum(1, keepdims=True))
         return (vectors / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def _projection(config: NgramConfig) -> tuple[np.ndarray, np.ndarray]:
+    """S: in which s numbers of the vector each bucket counts (B, s), one in each s-th of it, and with which sign over sqrt(s)."""
+    keys = np.arange(config.buckets, dtype=np.uint64)[:, None] * np.uint64(config.slots)
+    mixed = mix(keys + np.arange(config.slots, dtype=np.uint64) + np.uint64(1 << 40))
+    width = config.dim // config.slots
+    places = ((mixed >> np.uint64(1)) % np.uint64(width)).astype(np.int64) + np.arange(config.slots) * width
+    return places, np.where(mixed & np.uint64(1), 1.0, -1.0) / np.sqrt(config.slots)
 
 
 def bucket_counts(tokens: np.ndarray, lengths: np.ndarray, config: NgramConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

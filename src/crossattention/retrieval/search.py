@@ -251,7 +251,8 @@ def train_index(vectors: np.ndarray, config: IvfConfig, path: Path) -> None:
     index.cp.seed = index.pq.cp.seed = _SEED
     index.cp.max_points_per_centroid = 64
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warnings to stderr on small corpora
-    index.cp.niter = 10
+    index.cp.niter = index.pq.cp.niter = 10
+    index.pq.cp.max_points_per_centroid = 128
     number = min(len(vectors), max(64 * config.lists, 1 << 16))
     chosen = np.sort(np.random.default_rng(_SEED).choice(len(vectors), number, replace=False))
     index.train(np.asarray(vectors[chosen], np.float32))
