@@ -9,9 +9,11 @@ from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.ragged import PreparedRagged
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.attention.streamed import BlocksState
 from crossattention.plan import Plan
 
 __all__ = [
+    "BlocksState",
     "CrossAttention",
     "KeyValueCache",
     "MemoryAttention",
