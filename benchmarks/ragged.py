@@ -4,8 +4,8 @@
     python benchmarks/ragged.py --clock process      # processor time of one thread, for a machine that is not quiet
 
 The peer pads the same list or jagged tensor within its time, as whoever holds such a batch has to. Then it calls the same layer
-with a mask, whose plan the planner chooses; or, by hand, projects to keys and values and calls torch's attention. `dense` is what is
-called where all lengths are equal and nobody needs a mask.
+with a mask, whose plan the planner chooses; or, by hand, projects to keys and values and calls torch's attention. `dense` is what
+is called where all lengths are equal and nobody needs a mask.
 """
 
 import argparse

@@ -152,7 +152,7 @@ def test_no_block_is_held_forward_or_backward(plan: Plan) -> None:
 # --------------------------------------------------------------------------------------------------- interruption
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -164,9 +164,9 @@ def test_an_interrupted_pass_goes_on_from_its_state(tmp_path: Path) -> None:
         seen.append(state.rows)
         if state.blocks == 2:
             state.save(tmp_path / "state.safetensors")
-            raise Broken
+            raise BrokenError
 
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         layer.attend_blocks(a, blocks, progress=stop)
     assert seen == [5, 5]
     state = BlocksState.load(tmp_path / "state.safetensors")

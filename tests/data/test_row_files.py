@@ -22,9 +22,8 @@ def write(path: Path, rows: torch.Tensor = ROWS) -> Path:
     else:
         pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'crossattention[data]'")
         kind = {torch.float32: pa.float32(), torch.float64: pa.float64(), torch.float16: pa.float16()}[rows.dtype]
-        table = pa.table(
-            {"text": ["x"] * len(rows), "rows": pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel(), kind), 5)}
-        )
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel(), kind), 5)
+        table = pa.table({"text": ["x"] * len(rows), "rows": column})
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=9)
     return path
@@ -123,12 +122,13 @@ def test_other_files_and_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RowFile(tmp_path / "none.npy")
     path = write(tmp_path / "rows.npy")
-    for options, says in (
+    wrong = (
         ({"block_rows": 0}, "block_rows"),
         ({"ahead": -1}, "ahead"),
-        ({"dtype": torch.int8}, "floating"),
+        ({"dtype": torch.int8}, "float"),
         ({"name": "x"}, "says nothing"),
-    ):
+    )
+    for options, says in wrong:
         with pytest.raises(ValueError, match=says):
             RowFile(path, **options)
 

@@ -182,6 +182,8 @@ class Stream:
         if first is None:
             raise ValueError("blocks holds no block; an empty context is one block of length 0")
         self._first: Any = chain([first], iterator) if self.is_once else None
+        if not self.is_once and callable(getattr(iterator, "close", None)):
+            iterator.close()  # type: ignore[attr-defined]  # a file that is read ahead stops
         start, _ = self._checked(first, 0, None)
         self.batch = start.shape[0]
         layer._check_shapes(tuple(a.shape), (self.batch, 0, layer.context_dim))
@@ -325,6 +327,8 @@ class Stream:
         sums = None
         if self._live is not None and not bool(self._live.all()):
             sums = self._live.view(*heads.shape[:3], 1)
+        if plan.values == "head":
+            heads = heads.to(dtype)  # as one kernel hands it to the product that follows
         if plan.values == "output":
             heads = heads.sum(1, keepdim=True)
         out = execute.finish(layer, plan.values, heads, sums, dtype)

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,8 +58,8 @@ class RowFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file of another kind, with no or several such tensors, not of two dimensions, not of floating numbers; damaged,
-            or shorter or longer than it says itself. While reading: a file that became shorter.
+        ValueError: a file of another kind, with no or several such tensors, not of two dimensions, not of floating numbers;
+            damaged, or shorter or longer than it says itself. While reading: a file that became shorter.
         ModuleNotFoundError: an Arrow file without pyarrow; `pip install 'crossattention[data]'`.
 
     Cost: `ahead` + 2 blocks in memory.
@@ -268,18 +269,17 @@ class _Arrow:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is no Arrow IPC file, or is damaged or cut short: {str(error).splitlines()[0]}") from None
         vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
-        self.name = _one_of(path, "column of fixed-size lists", vectors, name)
+        self.name = _one_of(path, "fixed-size list column", vectors, name)
         kind = schema.field(self.name).type
         try:
             self.dtype = {pa.float16(): torch.float16, pa.float32(): torch.float32, pa.float64(): torch.float64}[kind.value_type]
         except KeyError:
             raise ValueError(f"column {self.name!r} of {path} holds {kind.value_type}, but rows must be floats") from None
         self.rows, self.width = sum(lengths), kind.list_size
-        self._starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)] if len(lengths) < 1000 else _sums(lengths)
+        self._starts = [0, *accumulate(lengths)]
 
     def cuts(self, most: int) -> list[tuple[int, int]]:
-        pairs = zip(self._starts, self._starts[1:], strict=False)
-        return [(start, min(start + most, end)) for first, end in pairs for start in range(first, end, most)]
+        return [(start, min(start + most, end)) for first, end in pairwise(self._starts) for start in range(first, end, most)]
 
     def open(self) -> Any:
         return _ArrowPass(self)
@@ -295,7 +295,11 @@ class _ArrowPass:
         pa = _pyarrow()
         self.told, self.batch, self._invalid = told, -1, pa.ArrowInvalid
         self.file = pa.OSFile(str(told.path))
-        self.reader = pa.ipc.open_file(self.file)
+        try:
+            self.reader = pa.ipc.open_file(self.file)
+        except (pa.ArrowInvalid, OSError) as error:
+            self.file.close()
+            raise ValueError(f"{told.path} cannot be read any more: {str(error).splitlines()[0]}") from None
         self.rows = torch.empty(0, told.width)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -320,10 +324,6 @@ class _ArrowPass:
         self.file.close()
 
 
-def _sums(lengths: list[int]) -> list[int]:
-    return [0, *np.cumsum(lengths).tolist()]
-
-
 def _pyarrow() -> Any:
     try:
         import pyarrow
@@ -338,9 +338,7 @@ def _one_of(path: Path, what: str, names: list[str], name: str | None) -> str:
         return names[0]
     if name is None or name not in names:
         asked = "none was named" if name is None else f"{name!r} is not among them"
-        raise ValueError(
-            f"{path} has {len(names)} of what could be meant ({what}: {', '.join(names[:8]) or 'none'}); {asked}, pass name="
-        )
+        raise ValueError(f"{path} has {len(names)} {what}s ({', '.join(sorted(names)[:8]) or 'none'}); {asked}, pass name=")
     return name
 
 

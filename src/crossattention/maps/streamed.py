@@ -1,7 +1,7 @@
 """Summaries of the map of a context that comes in blocks: what A looks at in a B that is never held whole.
 
-The first pass over the blocks gives each row's log-sum-exp, the second its weights, some columns at a time: so what is kept is of query
-size, and the blocks have to be readable twice.
+The first pass over the blocks gives each row's log-sum-exp, the second its weights, some columns at a time: so what is kept is of
+query size, and the blocks have to be readable twice.
 
 Legend: z batch, r repeats on one context, h heads, n queries, m context positions of all blocks together.
 """
@@ -50,8 +50,8 @@ def attention_map_blocks(
         plan: read by this plan.
 
     Returns:
-        A list with what each summary gives, on the CPU or device of the blocks. `Highlight` and `Rows` have a number for each position
-        of B, so their results, and nothing else, grow with it.
+        A list with what each summary gives, on the CPU or device of the blocks. `Highlight` and `Rows` have a number for each
+        position of B, so their results, and nothing else, grow with it.
 
     Raises:
         ValueError: as `attend_blocks`; an iterator, which can be read once.
