@@ -52,3 +52,24 @@ def test_dropout_acts_on_the_hidden_units_in_training_only() -> None:
 def test_impossible_layers_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeedForward(**{"dim": 4, "hidden_dim": 5, **arguments})
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", nn.GELU(approximate="tanh")])
+def test_without_gradients_it_gives_the_same_to_the_bit_and_leaves_its_input_alone(activation) -> None:
+    layer, x = FeedForward(6, 11, activation=activation), torch.randn(2, 3, 6)
+    before = x.clone()
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.clone().requires_grad_()).detach())
+    assert torch.equal(layer(x).detach(), layer.down_proj(layer.activation(layer.up_proj(x))).detach())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("watched", ["up_proj", "activation"])
+@torch.no_grad()
+def test_hooks_see_the_hidden_units_as_they_were(watched: str) -> None:
+    layer, x, seen = FeedForward(6, 11), torch.randn(2, 3, 6), []
+    getattr(layer, watched).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    layer(x)
+    hidden = nn.functional.linear(x, layer.up_proj.weight, layer.up_proj.bias)
+    assert torch.equal(seen[0 if watched == "activation" else 1], hidden)
+    assert hidden.min() < 0

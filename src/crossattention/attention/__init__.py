@@ -9,11 +9,13 @@ from crossattention.attention.prepared import PreparedContext, PreparedQueries
 from crossattention.attention.ragged import PreparedRagged
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.attention.sharded import ContextShard, PreparedShard, Traffic, count_traffic
 from crossattention.attention.streamed import BlocksState
 from crossattention.plan import Plan
 
 __all__ = [
     "BlocksState",
+    "ContextShard",
     "CrossAttention",
     "KeyValueCache",
     "MemoryAttention",
@@ -25,9 +27,12 @@ __all__ = [
     "PreparedContext",
     "PreparedQueries",
     "PreparedRagged",
+    "PreparedShard",
     "QueryKeyNorm",
     "SelfAttention",
+    "Traffic",
     "attend_parts",
+    "count_traffic",
     "merge_partials",
     "reference_attention",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,14 @@ from crossattention.attention.prepared import (
     PreparedQueries,
     Stamp,
     fingerprint,
+    watch_gathered,
 )
 from crossattention.attention.products import is_traced, is_transformed
 from crossattention.attention.ragged import PreparedRagged, attend_ragged, contexts_of, forward_ragged, prepare_ragged
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Rows, Sequences, is_ragged
 from crossattention.attention.sequences import check_is_tensor as check_is_tensor
+from crossattention.attention.sharded import PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.attention.streamed import BlocksState, attend_streamed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
@@ -417,8 +419,20 @@ class CrossAttention(nn.Module):
         if is_ragged(a) or is_ragged(b):
             return forward_ragged(self, a, b, attn_mask=attn_mask, query_positions=query_positions, **of_context)
         check_is_tensor("queries", a)
+        assert isinstance(a, Tensor)
+        if is_sharded(b):
+            prepared = self.prepare(
+                b,
+                context_mask=context_mask,
+                query_length=a.shape[-2],
+                repeats=a.shape[1] if a.dim() == 4 else None,
+                uses=1,
+                shares_queries=a.dim() == 2,
+                context_positions=context_positions,
+            )
+            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
         check_is_tensor("context", b)
-        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
         self._check_tensor("queries", a)
         plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1, shares_queries=a.dim() == 2)
@@ -436,7 +450,7 @@ class CrossAttention(nn.Module):
         shares_queries: bool = False,
         context_positions: Rows | None = None,
         plan: Plan | None = None,
-    ) -> PreparedContext | PreparedRagged:
+    ) -> PreparedContext | PreparedRagged | PreparedShard:
         """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
 
         Args:
@@ -471,17 +485,25 @@ class CrossAttention(nn.Module):
         ragged: Sequences | None = None
         if is_ragged(b):
             ragged, b = contexts_of(self, b)
-        check_is_tensor("context", b)
-        assert isinstance(b, Tensor)
-        self._check_context(tuple(b.shape))
         for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
+        if plan is not None and not plan.is_textbook and not torch.compiler.is_compiling():
+            refuse_illegal(plan, self.forbidden())
+        if is_sharded(b):
+            hints: dict[str, Any] = {
+                "query_length": query_length,
+                "repeats": repeats,
+                "uses": uses,
+                "shares_queries": shares_queries,
+            }
+            return prepare_shard(self, b, context_mask, context_positions, plan, **hints)
+        check_is_tensor("context", b)
+        assert isinstance(b, Tensor)
+        self._check_context(tuple(b.shape))
         if plan is None:
             plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
-        elif not plan.is_textbook and not torch.compiler.is_compiling():
-            refuse_illegal(plan, self.forbidden())
         if ragged is not None:
             return prepare_ragged(self, ragged, context_mask, context_positions, plan)
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
@@ -519,6 +541,10 @@ class CrossAttention(nn.Module):
         """
         if isinstance(prepared, PreparedRagged):
             raise TypeError("extend takes a dense prepared context, not a ragged one; prepare the longer sequences again")
+        if isinstance(prepared, PreparedShard):
+            raise TypeError(
+                "a sharded context cannot be extended: what follows its end would all lie in the last process; prepare it whole"
+            )
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
                 f"extend expects what this layer's prepare returned, got {type(prepared).__name__}; call prepare(b) first"
@@ -609,7 +635,7 @@ class CrossAttention(nn.Module):
     def attend(
         self,
         a: Rows | PreparedQueries,
-        prepared: PreparedContext | PreparedRagged,
+        prepared: PreparedContext | PreparedRagged | PreparedShard,
         *,
         attn_mask: Rows | None = None,
         query_positions: Rows | None = None,
@@ -640,9 +666,9 @@ class CrossAttention(nn.Module):
         Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
-            assert isinstance(a, Tensor)
+            assert isinstance(a, Tensor) and isinstance(prepared, PreparedContext)
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
-        if not isinstance(prepared, PreparedContext | PreparedRagged):
+        if not isinstance(prepared, PreparedContext | PreparedRagged | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
                 "layer(a, b), or layer.attend(a, layer.prepare(b))"
@@ -652,14 +678,19 @@ class CrossAttention(nn.Module):
                 "context_mask belongs to the prepared context and would be ignored here; pass it to prepare(b, context_mask=...), "
                 "or mask single pairs with attn_mask"
             )
-        if isinstance(prepared, PreparedRagged) or is_ragged(a):
+        if isinstance(prepared, PreparedShard):
+            if is_ragged(a):
+                raise TypeError("queries of unlike lengths cannot read a sharded context; pad them to one length, or go one by one")
+        elif isinstance(prepared, PreparedRagged) or is_ragged(a):
             return attend_ragged(self, a, prepared, attn_mask, query_positions)
         assert isinstance(a, Tensor | PreparedQueries)
-        self._check_attendable(a, prepared)
         if isinstance(a, PreparedQueries) and query_positions is not None:
             raise ValueError(
                 "query_positions were passed but prepared queries have none to place; attend with the queries themselves"
             )
+        if isinstance(prepared, PreparedShard):
+            return attend_shard(self, a, prepared, attn_mask, query_positions)
+        self._check_attendable(a, prepared)
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def attend_blocks(
@@ -735,6 +766,7 @@ class CrossAttention(nn.Module):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED
         if stamped and not torch.compiler.is_compiling():
+            watch_gathered(self)
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 
@@ -777,7 +809,7 @@ class CrossAttention(nn.Module):
             and not torch.is_autocast_enabled(a.device.type)
         )
 
-    def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged) -> bool:
+    def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
         """Whether the textbook's products are all that is asked for and nothing is wrong.
 
         Decode steps are so short that questions show in them: these take the place of the checks that name what is wrong; those

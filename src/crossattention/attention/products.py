@@ -71,9 +71,14 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module does nothing but multiply by its weight and add its bias: no subclass, no hooks, no forward of its own."""
-    return type(module) is nn.Linear and not (
+    # Without "weight" among its parameters it is pruned: made anew by a hook.
+    return type(module) is nn.Linear and "weight" in module._parameters and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, would see or change what the module computes."""
+    return bool(
         "forward" in module.__dict__
-        or "weight" not in module._parameters  # pruned: made anew by a hook
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

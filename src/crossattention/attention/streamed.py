@@ -24,7 +24,7 @@ from torch import Tensor
 from crossattention.attention import execute
 from crossattention.attention.fused import spread
 from crossattention.attention.masks import combine_masks
-from crossattention.attention.partial import Part, Partial, attend_one, backward_one, merge_partials, scores_of
+from crossattention.attention.partial import Part, Partial, attend_part, backward_of_part, merge_partials, scores_of_part
 from crossattention.attention.products import multiply
 from crossattention.plan import Plan
 from crossattention.plan.blocks import BLOCK_SCORES
@@ -310,7 +310,8 @@ class Stream:
         for block, mask in self.read_from(state.blocks):
             merged, rows = state.partial, state.rows
             part = self.part(block, mask, rows, projected)
-            one = read_part(queries, part, self.layer.scale, self.plan.kernel)
+            with torch.autocast(queries.device.type, enabled=False):  # scores are never taken in half precision
+                one = read_part(queries, part, self.layer.scale, self.plan.kernel)
             one = Partial(one.output.to(one.lse.dtype), one.lse)  # rounded after each of many blocks, half precision would be lost
             merged = one if merged is None else merge_partials((merged, one))
             state._done = (merged, state.blocks + 1, rows + block.shape[1])
@@ -370,7 +371,7 @@ class _Streamed(torch.autograd.Function):
             rows += block.shape[1]
             held = Part(part.keys.detach(), part.values.detach(), None if part.mask is None else part.mask.detach())
             wants_mask = part.mask is not None and part.mask.requires_grad
-            made = backward_one(queries, held, output, lse, grad, None, stream.layer.scale, wants_mask=wants_mask)
+            made = backward_of_part(queries, held, output, lse, grad, None, stream.layer.scale, wants_mask=wants_mask)
             grad_queries += made[0]
             given = [
                 (t, g)
@@ -389,7 +390,7 @@ class _Streamed(torch.autograd.Function):
 def read_part(queries: Tensor, part: Part, scale: float, kernel: str) -> Partial:
     """One block's partial result: by the fused kernel, or by products of a block of scores at a time."""
     if kernel == "fused" or queries.numel() == 0 or part.keys.numel() == 0 or part.values.numel() == 0:
-        return attend_one(queries, part, scale)
+        return attend_part(queries, part, scale)
     rows = queries.shape[0] * queries.shape[1] * queries.shape[2]
     step = max(1, BLOCK_SCORES // rows)
     found = None
@@ -408,7 +409,7 @@ def _columns(mask: Tensor | None, here: slice) -> Tensor | None:
 def _by_products(queries: Tensor, part: Part, scale: float) -> Partial:
     """Softmax statistics of explicit scores; one head of one item by the machine's quickest product."""
     if queries.shape[0] * queries.shape[1] > 1 or part.mask is not None or queries.dtype not in (torch.float32, torch.float64):
-        scores = scores_of(queries, part, scale)
+        scores = scores_of_part(queries, part, scale)
     else:
         scores = multiply(queries[0, 0] * scale, part.keys[0, 0])[None, None]
     highest = scores.amax(-1, keepdim=True)

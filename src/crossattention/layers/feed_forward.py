@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crossattention.attention.products import is_plain_linear, is_traced, is_transformed, is_watched, project
 from crossattention.layers.dropout import Dropout
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -63,7 +64,29 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map every position of x (..., dim) to (..., out_dim)."""
-        return self.down_proj(self.dropout(self.activation(self.up_proj(x))))
+        return project(self.down_proj, self.dropout(self._activate(project(self.up_proj, x))))
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        """The activation; in place where nobody else sees what it overwrites, as a second buffer of that size costs a third more.
+
+        Measured for 4,096 positions, 192 to 768: 9.8 ms with ReLU in place, 17.8 without (dev/LOG.md).
+        """
+        activation = self.activation
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(activation) not in (nn.ReLU, nn.GELU)
+            or not is_plain_linear(self.up_proj)
+            or is_watched(activation)
+            or is_transformed()
+            or is_traced()
+        ):
+            out: Tensor = activation(hidden)
+            return out
+        if type(activation) is nn.ReLU:
+            return torch.relu_(hidden)
+        out = torch.ops.aten.gelu_.default(hidden, approximate=activation.approximate)
+        return out
 
 
 def _activation(activation: str | nn.Module) -> nn.Module:

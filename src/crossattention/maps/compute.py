@@ -13,10 +13,12 @@ from typing import Any, Protocol, get_args, overload
 import torch
 from torch import Tensor
 
-from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries
+from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries, PreparedShard
 from crossattention.attention.ragged import PreparedRagged, ragged_rows
 from crossattention.attention.sequences import check_is_tensor, is_ragged
+from crossattention.attention.sharded import is_sharded
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
+from crossattention.maps.shards import map_of_shard, mergeable, merged
 from crossattention.maps.summaries import Summary
 
 
@@ -88,7 +90,8 @@ def attention_map(
         Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be
         attended. With summaries a list with the result of each, without gradients. Never with dropout. Where A or B is ragged, a
         list with the weights (h, n, m) of each item stands in the place of the weights, and a list with each item's result, without
-        z, in the place of a summary's.
+        z, in the place of a summary's. Of a sharded context what goes by its positions (the weights, `Highlight`, `Rows`) is
+        sharded like it, and nothing has gradients (docs/scale.md).
 
     Raises:
         ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
@@ -121,7 +124,7 @@ def attention_map(
         layer, a, b = layer.reading(a, b)
     of_context: dict[str, Any] = {"context_mask": context_mask, "context_positions": context_positions}
     of_queries: dict[str, Any] = {"attn_mask": attn_mask, "query_positions": query_positions}
-    if isinstance(b, PreparedContext | PreparedRagged):
+    if isinstance(b, PreparedContext | PreparedRagged | PreparedShard):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
@@ -129,6 +132,12 @@ def attention_map(
         return ragged_map(layer, a, b, summaries, **of_context, **of_queries)
     if not isinstance(a, PreparedQueries):
         check_is_tensor("queries", a)
+    if is_sharded(b):
+        workers = None if summaries is None else mergeable(summaries)
+        rows, shards = map_of_shard(layer, a, b, **of_context, **of_queries)
+        if workers is None:
+            return shards.along_context(rows.whole(), -1)
+        return merged(summaries, summarise(rows, workers), shards)
     if summaries is not None:
         with torch.no_grad():
             in_turn = all(_heads_of(summary) == "each" for summary in summaries)  # the order that `blocks_of` then takes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossattention.attention import BlocksState, CrossAttention, Plan
-from crossattention.attention.partial import Part, scores_of
+from crossattention.attention.partial import Part, scores_of_part
 from crossattention.attention.sequences import check_is_tensor
 from crossattention.attention.streamed import Stream
 from crossattention.maps.blocks import BLOCK_SCORES
@@ -104,7 +104,7 @@ def _columns(stream: Stream, lse: Tensor) -> Any:
         for first in range(0, block.shape[1], step):
             here = slice(first, first + step)
             cut = part.mask if part.mask is None or part.mask.shape[-1] == 1 else part.mask[..., here]
-            scores = scores_of(stream.queries, Part(part.keys[:, :, here], part.values[:, :, here], cut), stream.layer.scale)
+            scores = scores_of_part(stream.queries, Part(part.keys[:, :, here], part.values[:, :, here], cut), stream.layer.scale)
             weights = scores.sub_(base).exp_()
             yield start + first, weights.unflatten(2, (heads // weights.shape[1], -1)).flatten(1, 2)
         if block.shape[1] == 0 and start == 0:  # so that every summary has seen the shape of the rows

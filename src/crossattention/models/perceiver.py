@@ -300,7 +300,9 @@ class CrossLayer(nn.Module):
     def read(self, rows: Rows, mask: Tensor | None, query_length: int) -> PreparedContext:
         """Input rows, to be read once by learned queries: as they are, or projected part by part."""
         attention = self.attention
-        if isinstance(rows, Mixture) or not self._projects(attention.k_proj.weight.device.type):
+        # One text's parts are more rows than the text, where they are made anew for their gradients.
+        is_one_text = isinstance(rows, Tokens) and rows.ids.shape[0] == 1 and torch.is_grad_enabled()
+        if isinstance(rows, Mixture) or is_one_text or not self._projects(attention.k_proj.weight.device.type):
             context = self.context_norm(rows.joined())
             plan = self._plan_of_rows(context, query_length)
             return attention.prepare(context, context_mask=mask, query_length=query_length, uses=1, shares_queries=True, plan=plan)
