@@ -430,7 +430,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            found: Tensor | list[Tensor] = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return found
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))

@@ -279,7 +279,8 @@ class Stream:
         heads = self.layer.heads
         queries = queries.expand(self.batch, heads, -1, -1)
         self._length = queries.shape[2]
-        return queries.unflatten(1, (groups, heads // groups)).flatten(2, 3).contiguous()
+        folded: Tensor = queries.unflatten(1, (groups, heads // groups)).flatten(2, 3).contiguous()
+        return folded
 
     # -------------------------------------------------------------------------------------------------- results
 
