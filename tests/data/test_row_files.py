@@ -49,6 +49,20 @@ def test_other_dtypes_are_read_and_converted(suffix: str, dtype: torch.dtype, tm
     assert torch.equal(torch.cat(list(RowFile(path, dtype=torch.float32))), ROWS.to(dtype).float())
 
 
+def test_memory_of_blocks_is_used_again_but_never_while_a_view_is_held(tmp_path: Path) -> None:
+    file = RowFile(write(tmp_path / "rows.npy"), block_rows=2, ahead=2)
+    places, views = set(), []
+    for block in file:
+        places.add(block.data_ptr())
+    assert len(places) < len(file)
+    for place, block in enumerate(file):
+        if place % 3 == 0:
+            views.append((place, block[None, :1].transpose(1, 2)))
+    for place, view in views:
+        assert torch.equal(view[0, :, 0], ROWS[2 * place])
+    assert torch.equal(torch.cat(list(RowFile(file.path, block_rows=2, dtype=torch.float64))), ROWS.double())
+
+
 def test_bfloat16_and_one_tensor_of_several(tmp_path: Path) -> None:
     path = tmp_path / "rows.safetensors"
     save_file({"a": ROWS.bfloat16(), "b": ROWS[:, :3].contiguous()}, path, {"note": "two"})

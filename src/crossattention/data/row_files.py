@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
@@ -38,7 +39,7 @@ class _Rows(Protocol):
     def cuts(self, most: int) -> list[tuple[int, int]]:
         """First and last-but-one row of each block of at most so many rows."""
 
-    def read(self, file: Any, start: int, stop: int) -> Tensor:
+    def read(self, file: Any, start: int, stop: int, memory: _Memory) -> Tensor:
         """Rows (stop - start, width) out of what `open` gave."""
 
     def open(self) -> Any:
@@ -130,12 +131,40 @@ class RowFile:
         return blocks
 
     def _read(self, cuts: list[tuple[int, int]]) -> Iterator[Tensor]:
-        file = self._held.open()
+        file, memory = self._held.open(), _Memory(self.ahead + 4)
         try:
             for start, stop in cuts:
-                yield self._held.read(file, start, stop).to(self.dtype)
+                block = self._held.read(file, start, stop, memory)
+                if block.dtype != self.dtype:
+                    block = memory.take(stop - start, self.width, self.dtype).copy_(block)
+                yield block
+                del block  # so that its memory is free for the next
         finally:
             file.close()
+
+
+class _Memory:
+    """Memory of blocks that nobody holds any more, used again: getting new memory was measured to cost more than the copy into it.
+
+    A tensor made of a numpy array holds a reference to it for as long as its storage lives, views of it included. An array that is
+    referred to from here alone is therefore free.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._arrays = [np.empty(0, np.uint8)]
+        self._count_when_free, self._most = sys.getrefcount(self._arrays[0]), most
+
+    def take(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An unwritten block."""
+        wanted = rows * width * dtype.itemsize
+        if wanted == 0:
+            return torch.empty(rows, width, dtype=dtype)
+        for place in range(len(self._arrays)):
+            if sys.getrefcount(self._arrays[place]) <= self._count_when_free and self._arrays[place].nbytes == wanted:
+                return torch.from_numpy(self._arrays[place]).view(dtype).view(rows, width)
+        array = np.empty(wanted, np.uint8)
+        self._arrays = [*self._arrays[-self._most + 1 :], array]
+        return torch.from_numpy(array).view(dtype).view(rows, width)
 
 
 def _ahead(blocks: Iterator[Tensor], most: int) -> Iterator[Tensor]:
@@ -195,8 +224,8 @@ class _Flat:
     def open(self) -> Any:
         return open(self.path, "rb", buffering=0)
 
-    def read(self, file: Any, start: int, stop: int) -> Tensor:
-        block = torch.empty(stop - start, self.width, dtype=self.dtype)
+    def read(self, file: Any, start: int, stop: int, memory: _Memory) -> Tensor:
+        block = memory.take(stop - start, self.width, self.dtype)
         into = memoryview(block.view(torch.uint8).flatten().numpy())
         file.seek(self.offset + start * self._row_bytes)
         filled = 0
@@ -284,7 +313,7 @@ class _Arrow:
     def open(self) -> Any:
         return _ArrowPass(self)
 
-    def read(self, file: Any, start: int, stop: int) -> Tensor:
+    def read(self, file: Any, start: int, stop: int, memory: _Memory) -> Tensor:
         return file.read(start, stop)
 
 
