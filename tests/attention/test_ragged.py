@@ -63,7 +63,9 @@ def make_masks(kind: str) -> dict[str, list[Tensor]]:
     return masks
 
 
-@pytest.mark.parametrize("kind", ["none", "context", "pairs", "both", "additive"])
+@pytest.mark.parametrize(
+    "kind", ["none", "both", "additive", *(pytest.param(k, marks=pytest.mark.slow) for k in ("context", "pairs"))]
+)
 @pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
 def test_every_plan_and_mask_is_the_specification_item_by_item(plan: Plan, kind: str) -> None:
     layer, a, b = make_layer(plan), items(QUERY_LENGTHS, A), items(CONTEXT_LENGTHS, B)
@@ -84,6 +86,7 @@ def test_every_kernel_is_the_specification(plan: Plan) -> None:
         assert_close(out, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"kv_heads": 2}, {"kv_heads": 1}, {"bias": False}, {"value_head_dim": 11}, {"head_dim": 2}], ids=str
 )
@@ -96,7 +99,7 @@ def test_grouped_heads_biases_and_unlike_widths(plan: Plan, changes: dict) -> No
         assert_close(found, right)
 
 
-@pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
+@pytest.mark.parametrize("plan", ALL_PLANS[::4], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(plan: Plan, dtype: torch.dtype) -> None:
     layer = make_layer(plan, dtype=dtype)

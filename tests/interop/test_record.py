@@ -403,3 +403,15 @@ def test_a_view_that_cannot_be_is_refused(tmp_path):
         layer(a, b)
     with pytest.raises(ValueError, match="no TopK was recorded"):
         seen.view(tmp_path / "map.html")
+
+
+def test_a_ragged_call_is_recorded_item_by_item():
+    layer = CrossAttention(6, 9, heads=2).eval()
+    model = torch.nn.Sequential()
+    model.attention = layer
+    a, b = [torch.randn(n, 6) for n in (2, 3)], [torch.randn(m, 9) for m in (4, 5)]
+    with torch.no_grad(), record_attention(model, [Highlight()]) as recorded:
+        out = layer(a, b)
+    calls = recorded.layers["attention"].calls
+    assert [call.shape for call in calls] == [(1, 2, 2, 4), (1, 2, 3, 5)]
+    assert all(torch.equal(one, other) for one, other in zip(out, layer(a, b), strict=True))

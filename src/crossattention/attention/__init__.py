@@ -10,9 +10,11 @@ from crossattention.attention.ragged import PreparedRagged
 from crossattention.attention.reference import reference_attention
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
 from crossattention.attention.sharded import ContextShard, PreparedShard, Traffic, count_traffic
+from crossattention.attention.streamed import BlocksState
 from crossattention.plan import Plan
 
 __all__ = [
+    "BlocksState",
     "ContextShard",
     "CrossAttention",
     "KeyValueCache",

@@ -7,7 +7,7 @@ g key-value heads, k/v head widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
@@ -35,6 +35,7 @@ from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Rows, Sequences, is_ragged
 from crossattention.attention.sequences import check_is_tensor as check_is_tensor
 from crossattention.attention.sharded import PreparedShard, attend_shard, is_sharded, prepare_shard
+from crossattention.attention.streamed import BlocksState, attend_streamed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
@@ -429,7 +430,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            found: Tensor | list[Tensor] = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return found
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -691,6 +693,53 @@ class CrossAttention(nn.Module):
             return attend_shard(self, a, prepared, attn_mask, query_positions)
         self._check_attendable(a, prepared)
         return self._attend(a, prepared, attn_mask, query_positions)
+
+    def attend_blocks(
+        self,
+        a: Tensor,
+        blocks: Iterable[Tensor | tuple[Tensor, Tensor]],
+        *,
+        progress: Callable[[BlocksState], object] | None = None,
+        state: BlocksState | None = None,
+        query_positions: Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """Let every query read a context that comes in blocks and is never held whole: `layer(a, b)` of the blocks end to end.
+
+        lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i,   over the blocks i
+
+        Args:
+            a: queries (z, n, a), learned queries (n, a), or (z, r, n, a).
+            blocks: tensors (z, m, b), or (m, b) where z is 1, each of any length; or pairs of one and a bool mask (z, m) or (m,),
+                True = may be attended. A generator, a list, or a file (`crossattention.data.row_files.RowFile`). The backward pass
+                reads them a second time, so an iterator, which can be read once, is taken only where no gradient is asked for.
+            progress: called after each block with the state, whose `.rows` and `.blocks` tell how far the pass is.
+            state: an empty `BlocksState` that is brought up to date after each block; one of an interrupted pass, from which this
+                call goes on with the same blocks, after those that it has.
+            query_positions: integers (n,) or (z, n), for a position part. Context positions count through all blocks.
+            plan: read by this plan; default the layer's, or chosen for a long context.
+
+        Returns:
+            (z, n, o), or (z, r, n, o). Gradients reach queries and weights.
+
+        Raises:
+            ValueError: no block; a block of another width, batch or dtype, or that requires a gradient; an iterator where gradients
+                are asked for; dropout while training; a state of another call.
+            TypeError: blocks or a mask of a wrong type.
+
+        Cost: memory of one block, forward and backward, and of the queries' size; keys are made a second time in the backward pass.
+        Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682.
+
+        Example:
+            >>> layer = CrossAttention(48, 32, heads=4)
+            >>> a, b = torch.randn(1, 5, 48), torch.randn(1, 700, 32)
+            >>> bool((layer.attend_blocks(a, b.split(256, 1)) - layer(a, b)).abs().max() < 1e-5)
+            True
+        """
+        check_is_tensor("queries", a)
+        if plan is not None:
+            refuse_illegal(plan, self.forbidden())
+        return attend_streamed(self, a, blocks, progress=progress, state=state, query_positions=query_positions, plan=plan)
 
     def _prepare(
         self,

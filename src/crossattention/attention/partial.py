@@ -175,12 +175,14 @@ def backward_of_part(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values that come through one part.
+    *,
+    wants_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of queries, keys and values that come through one part; and of a mask that is added, where it is wanted.
 
     P = exp(S - lse),  dS = P (dO V^T - rowsum(dO O) + dlse),  dQ = dS K scale,  dK = dS^T Q scale,  dV = P^T dO
     """
-    if grad_lse is None and _flash_runs(queries, part):
+    if grad_lse is None and not wants_mask and _flash_runs(queries, part):
         keys, values = to_one_width(part.keys, part.values)
         width = keys.shape[-1]
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -197,17 +199,22 @@ def backward_of_part(
         )
         widths = (queries.shape[-1], part.keys.shape[-1], part.values.shape[-1])
         dq, dk, dv = (grad[..., :w] for grad, w in zip(grads, widths, strict=True))
-        return dq, dk, dv
+        return dq, dk, dv, None
     weights = (scores_of_part(queries, part, scale) - _finite(lse).unsqueeze(-1)).exp()
     wide = weights.dtype
     delta = (grad_output * output).sum(-1, dtype=wide)
     if grad_lse is not None:
         delta = delta - grad_lse.to(wide)
-    grad_scores = weights * (grad_output.to(wide) @ part.values.to(wide).transpose(-1, -2) - delta.unsqueeze(-1)) * scale
+    grad_scores = weights * (grad_output.to(wide) @ part.values.to(wide).transpose(-1, -2) - delta.unsqueeze(-1))
+    grad_mask = None
+    if wants_mask and part.mask is not None:
+        grad_mask = grad_scores.sum_to_size(part.mask.shape).to(part.mask.dtype)
+    grad_scores = grad_scores * scale
     return (
         (grad_scores @ part.keys.to(wide)).to(queries.dtype),
         (grad_scores.transpose(-1, -2) @ queries.to(wide)).to(part.keys.dtype),
         (weights.transpose(-1, -2) @ grad_output.to(wide)).to(part.values.dtype),
+        grad_mask,
     )
 
 

@@ -631,9 +631,9 @@ class _AttendShard(torch.autograd.Function):
         masks: list[Tensor] = []
         with torch.autocast(queries.device.type, enabled=False):
             for part in _pieces(queries, keys, values, mask):
-                dq, *others = backward_of_part(queries, part, output, lse, grad_output, None, ctx.scale)
+                dq, dk, dv, _ = backward_of_part(queries, part, output, lse, grad_output, None, ctx.scale)
                 grad_queries += dq
-                found.append((others[0], others[1]))
+                found.append((dk, dv))
                 if ctx.needs_input_grad[5]:
                     masks.append(_mask_gradient(queries, part, output, lse, grad_output, ctx.scale))
         grad_keys, grad_values = (grads[0] if len(grads) == 1 else torch.cat(grads, 2) for grads in zip(*found, strict=True))

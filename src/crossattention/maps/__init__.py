@@ -3,6 +3,7 @@
 from crossattention.maps.blocks import Block
 from crossattention.maps.compute import attention_map
 from crossattention.maps.feed_forward import FeedForwardMemory, Promoted, Triggers, feed_forward_layers, feed_forward_memories
+from crossattention.maps.streamed import attention_map_blocks
 from crossattention.maps.summaries import Aligned, Alignment, Argmax, Entropy, Highlight, Rows, Summary, Top, TopK
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TopK",
     "Triggers",
     "attention_map",
+    "attention_map_blocks",
     "feed_forward_layers",
     "feed_forward_memories",
 ]
