@@ -29,6 +29,7 @@ def make_task(recipe: str, data: Path):
 
         return G2PTask(G2PConfig(evaluation_words=4, model=ModelShape(**STILL), tokens_per_batch=400))
     if recipe == "seq2seq":
+        data = data.with_suffix(".tsv")
         from crossattention.recipes.seq2seq import Seq2SeqConfig, Seq2SeqTask
         from recipes.reversing_words import write_reversed_words
 

@@ -1,8 +1,8 @@
 """Several processes that train one model: which part of a step's batch is whose, what they tell each other, how weights are shared.
 
 A step's batch is that of one process, whatever the number of processes: each takes some of its items, and its loss counts by
-its share of the targets, so that the sum over processes is the loss of the whole batch, and its gradient the whole gradient. Weights lie
-whole in every process (DDP), or in shards of which each layer's are gathered when it runs (FSDP2, `fully_shard`).
+its share of the targets, so that the sum over processes is the loss of the whole batch, and its gradient the whole gradient.
+Weights lie whole in every process (DDP), or in shards of which each layer's are gathered when it runs (FSDP2, `fully_shard`).
 """
 
 from __future__ import annotations
