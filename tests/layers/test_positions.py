@@ -314,6 +314,45 @@ def test_relative_logits_within_the_furthest_distance_are_the_unlimited_ones() -
     assert_close(found, unlimited.score_bias(queries[:1], p, s, 0.5))
 
 
+@pytest.mark.parametrize("furthest", [None, 3])
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize(
+    ("p", "s"),
+    [
+        (range(5), range(7)),
+        (range(11, 12), range(30)),
+        (range(3, 7), [*range(5)] * 3),  # neighbours end to end
+        ([*range(6)] * 2, range(4)),  # beams
+        ([0, 1, 2, 0, 1], [4, 2, 3]),  # no runs
+    ],
+)
+def test_relative_logits_of_runs_are_those_of_each_pair(p: list, s: list, with_gradients: bool, furthest: int | None) -> None:
+    torch.manual_seed(0)
+    part = RelativeLogits(DIM, HEADS, K, max_distance=furthest, dtype=torch.float64)
+    torch.nn.init.normal_(part.bias)
+    queries = torch.randn(2, HEADS, len(p), K, dtype=torch.float64)
+    at, places = torch.tensor(list(p)), torch.tensor(list(s))
+    formula = relative_logits(part, 0.5)
+    wanted = torch.stack([torch.stack([formula(rows, at, places, head) for head, rows in enumerate(item)]) for item in queries])
+    with torch.set_grad_enabled(with_gradients):
+        found = part.score_bias(queries, at, places, 0.5)
+        assert_close(found, wanted)
+        if with_gradients:
+            weights = torch.randn_like(wanted)
+            pairs = [torch.autograd.grad((out * weights).sum(), list(part.parameters())) for out in (found, wanted)]
+            for gradient, other in zip(*pairs, strict=True):
+                assert_close(gradient, other)
+
+
+def test_kept_distances_follow_their_weights() -> None:
+    part = RelativeLogits(DIM, HEADS, K, dtype=torch.float64)
+    queries, at = torch.randn(1, HEADS, 1, K, dtype=torch.float64), torch.tensor([6])
+    with torch.no_grad():
+        before = part.score_bias(queries, at, torch.arange(7), 0.5)
+        part.r_proj.weight.mul_(2.0)
+        assert_close(part.score_bias(queries, at, torch.arange(7), 0.5), 2.0 * before)
+
+
 def test_transformer_xls_two_biases_are_the_query_projections_and_the_parts() -> None:
     part, _ = part_and_formula("relative", 0.5)
     layer = CrossAttention(6, 9, positions=part, scale=0.5, bias=("q_proj",), **SIZES)

@@ -165,10 +165,10 @@ def test_weights_that_do_not_fit_are_named_all_at_once(tmp_path: Path) -> None:
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    rewrite_config(tmp_path, family="retro")
-    with pytest.raises(ValueError, match='family "retro", not "transformer"'):
+    rewrite_config(tmp_path, family="gpt")
+    with pytest.raises(ValueError, match='family "gpt", not "transformer"'):
         Transformer.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'family "retro"; known are .*transformer'):
+    with pytest.raises(ValueError, match=r'family "gpt"; known are .*transformer'):
         load(tmp_path)
 
 

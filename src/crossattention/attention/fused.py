@@ -39,7 +39,7 @@ def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask,
 
 
 def _fits_as_it_is(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask) -> bool:
-    """Whether the kernel takes all of it at once; asked first, as with two queries the questions below cost as much as the kernel."""
+    """Whether the kernel takes all of it at once; asked first, as the questions below cost as much as a kernel on two queries."""
     return (
         mask.tensor is None
         and mask.live is None

@@ -117,12 +117,10 @@ def combine_masks(
         attn_mask: bool or float, four dimensions, broadcastable.
         score_bias: float, broadcastable; finite, so it never empties a row.
         context_length: m.
-        dtype: dtype of the queries. Float masks are brought to it, or to float32 where the queries are in half precision on a CPU,
-            whose kernels take that; a mask in half precision would be the coarsest number of all.
+        dtype: dtype of the queries.
         device: device of the queries.
     """
-    if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu":
-        dtype = torch.float32
+    dtype = _score_dtype(dtype, device)
     allowed = None if context_mask is None else context_mask[:, None, None, :]
     added = score_bias
     live_pairs = allowed
@@ -144,6 +142,19 @@ def combine_masks(
     if allowed is not None:
         added = torch.where(allowed, added, -torch.inf)
     return ScoreMask(_full_last(added, context_length), live)
+
+
+def score_dtype_of(queries: Tensor) -> torch.dtype:
+    """The dtype that float masks are brought to, that of the queries.
+
+    It is float32 where the queries are in half precision on a CPU, whose kernels take that; a mask in half precision would be the
+    coarsest number of all.
+    """
+    return _score_dtype(queries.dtype, queries.device)
+
+
+def _score_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu" else dtype
 
 
 def to_score_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,8 @@ VERBS = {
     "predict": ("crossattention.cli.predict", "ask a run: words as arguments, or one a line on standard input"),
     "view": ("crossattention.cli.view", "show what a run reads of an input: one HTML page, or a PNG or SVG figure"),
     "convert": ("crossattention.cli.convert", "turn a model folder of another library into one of ours, or the way back"),
+    "index": ("crossattention.cli.index", "make a chunk database of text: `index FOLDER... --out DB`"),
+    "neighbours": ("crossattention.cli.neighbours", "show the chunks of a database that are nearest to a text"),
     "plan": ("crossattention.cli.plan", "show every evaluation order of a cross-attention, its cost, and the choice"),
 }
 
@@ -92,7 +94,7 @@ def _help() -> str:
         "Cross-attention between two sequences: train, ask, look inside.",
         "",
     ]
-    lines += [f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items()]
+    lines += [f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items()]
     lines += [
         "",
         "  VERB --help   the flags of a verb",

@@ -9,12 +9,15 @@ Legend: z batch, n queries, m context positions, h heads, g key-value heads, k h
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from crossattention.attention.once import Once
 from crossattention.attention.parts import Forbidden, PositionPart
+from crossattention.attention.products import is_traced, is_transformed
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -239,9 +242,11 @@ class RelativeLogits(PositionPart):
     Raises:
         ValueError: a size below 1, an odd `dim`.
 
-    Cost: with max_distance D, 2 D + 1 distances are projected once for the whole batch, d h k multiply-adds each, and every query
-        meets them all in width k: for long batches. Without, each query is brought to width d, d h k multiply-adds each, and
-        each pair costs d h: for few queries, as in decoding.
+    Cost: where positions count up by one, as they do unless others are given, the n + m - 1 distances that there are are projected
+        once for the whole batch, d h k multiply-adds each, and every query meets them all in width k; without gradients the
+        projections are kept while the weights are unchanged. Of other positions, of those on a GPU and inside graphs: with
+        max_distance D the same for 2 D + 1 distances; without, each query is brought to width d, d h k multiply-adds each, and each
+        pair costs d h.
     Source: Dai et al. 2019, arXiv:1901.02860, section 3.3; in RETRO: Borgeaud et al. 2021, arXiv:2112.04426.
     """
 
@@ -271,6 +276,7 @@ class RelativeLogits(PositionPart):
         self.dim, self.heads, self.head_dim, self.max_distance = dim, heads, head_dim, max_distance
         self.r_proj = nn.Linear(dim, heads * head_dim, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(heads, head_dim, device=device, dtype=dtype)) if bias else None
+        self._kept: Once[Tensor] = Once()
         nn.init.xavier_uniform_(self.r_proj.weight)
 
     def score_bias(self, queries: Tensor | None, query_positions: Tensor, context_positions: Tensor, scale: float) -> Tensor:
@@ -279,9 +285,55 @@ class RelativeLogits(PositionPart):
         if self.bias is not None:
             queries = queries + self.bias.unsqueeze(1)
         queries = queries * scale
+        rows, columns = _run_of(query_positions), _run_of(context_positions)
+        if rows is not None and columns is not None and self._has_cheap_table(queries, rows, columns):
+            return self._by_runs(queries, rows, columns)
         if self.max_distance is None:
             return self._by_angles(queries, query_positions, context_positions)
         return self._by_table(queries, query_positions, context_positions, self.max_distance)
+
+    def _has_cheap_table(self, queries: Tensor, rows: _Run, columns: _Run) -> bool:
+        """Whether projecting the distances is kept, or costs less than bringing the queries to the sinusoids' width."""
+        if self.max_distance is not None or not torch.is_grad_enabled():
+            return True
+        asked = queries.shape[0] * queries.shape[2]
+        return (rows.length + columns.length - 1) * self.head_dim <= asked * (self.head_dim + columns.length)
+
+    def _by_runs(self, queries: Tensor, rows: _Run, columns: _Run) -> Tensor:
+        """Each query meets every distance of the two runs, furthest first; each row, one further along, is then the next pairs'.
+
+        The distance of row i and column j is furthest - (n - 1 - i + j): row i is read from column n - 1 - i on.
+        """
+        n, m = rows.length, columns.length
+        furthest = rows.start + n - 1 - columns.start
+        projected = self._projected(furthest, furthest - (n + m - 2), queries)
+        logits = torch.einsum("zhnk,uhk->zhnu", queries, projected).unflatten(2, (rows.count, n))
+        if n > 1:  # one view, whose gradient is written once
+            strides = logits.stride()
+            shape = (*logits.shape[:3], n, m)
+            logits = logits.as_strided(
+                shape, (*strides[:3], strides[3] - strides[4], strides[4]), logits.storage_offset() + (n - 1) * strides[4]
+            )
+        logits = logits.flatten(2, 3)
+        return logits if columns.count == 1 else logits.repeat(1, 1, 1, columns.count)
+
+    def _projected(self, furthest: int, nearest: int, queries: Tensor) -> Tensor:
+        """The projected sinusoids of the distances from furthest down to nearest, (u, h, k), in the queries' dtype."""
+        first, last = furthest, nearest
+        if not torch.is_grad_enabled():  # kept for more distances than these, so that steps of a sequence find theirs
+            first, last = _rounded_away(furthest), -_rounded_away(-nearest)
+        table = self._kept.get(
+            (self.r_proj.weight,), lambda: self._table(first, last, queries), first, last, queries.dtype, queries.device
+        )
+        return table[first - furthest : first - nearest + 1]
+
+    def _table(self, first: int, last: int, queries: Tensor) -> Tensor:
+        distances = torch.arange(first, last - 1, -1, device=queries.device)
+        if self.max_distance is not None:
+            distances = distances.clamp(-self.max_distance, self.max_distance)
+        projected = self.r_proj(sinusoidal_positions(distances, self.dim, dtype=queries.dtype))
+        table: Tensor = projected.unflatten(-1, (self.heads, self.head_dim))
+        return table
 
     def _by_table(self, queries: Tensor, query_positions: Tensor, context_positions: Tensor, furthest: int) -> Tensor:
         """Each query meets every distance that there is, then each pair takes its own."""
@@ -312,6 +364,36 @@ class RelativeLogits(PositionPart):
     def extra_repr(self) -> str:
         """What was given, but for the projection."""
         return f"heads={self.heads}, head_dim={self.head_dim}, max_distance={self.max_distance}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Positions start, start + 1, ... of some length, one after the other or, as of neighbours laid end to end, again and again."""
+
+    start: int
+    length: int
+    count: int
+
+
+def _run_of(positions: Tensor) -> _Run | None:
+    """The run that positions (n,) are; None if they are none, or if asking for their values would hold up a device or a graph."""
+    if torch.compiler.is_compiling() or is_traced() or is_transformed():
+        return None
+    if positions.dim() != 1 or len(positions) == 0 or positions.device.type != "cpu":
+        return None
+    breaks = (positions.diff() != 1).nonzero()
+    start, total = int(positions[0]), len(positions)
+    if not len(breaks):
+        return _Run(start, total, 1)
+    length = int(breaks[0]) + 1
+    if total % length or not torch.equal(positions.view(-1, length), positions[:length].expand(total // length, -1)):
+        return None
+    return _Run(start, length, total // length)
+
+
+def _rounded_away(distance: int) -> int:
+    """A bound of a distance that changes seldom while the distance grows: 63, 127, 255, ..., or 0 for none above it."""
+    return 0 if distance <= 0 else (1 << max(6, distance.bit_length())) - 1
 
 
 def _angles(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Tensor:

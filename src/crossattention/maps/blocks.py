@@ -16,6 +16,10 @@ BLOCK_SCORES = 3 << 19
 """Most scores of one block, unless a single row has more: 6 MB in float32. On 512 x 50,176 x 8 heads, 2^20 took a quarter longer,
 as keys are read once for each block; 2^21 and more were up to a fifth quicker and took more memory (dev/LOG.md)."""
 
+WIDE_KEYS = 64
+"""Width of keys from which on a block is half as large, as the keys of the head beside it take twice the room: at width 128 that is
+1/23 of the full weights and 1.23 of a plain read, with whole blocks 1/17 and 1.03 (dev/LOG.md)."""
+
 Heads = Literal["each", "mean"]
 
 
@@ -117,7 +121,8 @@ def _cuts(rows: MapRows) -> tuple[list[slice], list[slice], list[slice], list[sl
     if BLOCK_SCORES >= h * a_head:
         return _slices(z, BLOCK_SCORES // (h * a_head)), _slices(r, r), _slices(h, h), _slices(n, n)
     heads = h if rows.makes_all_heads else max(1, min(h, BLOCK_SCORES // a_head))
-    left = max(1, BLOCK_SCORES // (heads * max(1, m)))  # rows of each head
+    most = BLOCK_SCORES if rows.key_width <= WIDE_KEYS else BLOCK_SCORES // 2
+    left = max(1, most // (heads * max(1, m)))  # rows of each head
     repeats, queries = (min(r, left // n), n) if 0 < n <= left else (1, left)
     return _slices(z, 1), _slices(r, repeats), _head_slices(h, share, heads), _slices(n, queries)
 

@@ -14,6 +14,7 @@ from crossattention.models.generate import BeamRules, Hypothesis, beam_search, g
 from crossattention.models.perceiver import PerceiverIO, PerceiverIOConfig
 from crossattention.models.picture_reader import PictureReader, PictureReaderConfig
 from crossattention.models.pretrained import load
+from crossattention.models.retro import Retro, RetroConfig, RetroState, retro_fit
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
     "PerceiverIOConfig",
     "PictureReader",
     "PictureReaderConfig",
+    "Retro",
+    "RetroConfig",
+    "RetroState",
     "Transformer",
     "TransformerConfig",
     "beam_search",
@@ -38,5 +42,6 @@ __all__ = [
     "label_smoothed_cross_entropy",
     "load",
     "mean_of_states",
+    "retro_fit",
     "sample",
 ]

@@ -215,6 +215,14 @@ def sample(
     Source: nucleus: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
     _check_at_least_one("num_samples", num_samples)
+    draw = draw_from(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _watched(model, lambda: _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw, never))
+
+
+def draw_from(
+    *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None
+) -> Callable[[Tensor], Tensor]:
+    """What draws a symbol (z, r) of logits or log-probabilities (z, r, V); Args and Raises as in `sample`."""
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, got {temperature}; greedy() is the limit at 0")
     if top_k is not None:
@@ -227,7 +235,7 @@ def sample(
         drawn = torch.multinomial(kept.softmax(-1).flatten(0, 1), 1, generator=generator)
         return drawn.view(log_probs.shape[:2])
 
-    return _watched(model, lambda: _roll_out(model, source_ids, source_mask, num_samples, max_length, length_penalty, draw, never))
+    return draw
 
 
 @torch.no_grad()

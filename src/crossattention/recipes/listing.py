@@ -65,6 +65,11 @@ RECIPES: Mapping[str, Listed] = MappingProxyType(
             "spoken words, spelled out: words of the dictionary in several voices, or --data FOLDER of WAV files",
             "crossattention.recipes.listen",
         ),
+        "retro": Listed(
+            "language models that read the nearest chunks of their text: --data FOLDER; without it the standard library's source",
+            "crossattention.recipes.retro",
+            extra="retro",
+        ),
         "vqa": Listed(
             "questions about pictures: the words of a question read the picture's patches (easy-vqa, or --data FOLDER)",
             "crossattention.recipes.vqa",
