@@ -491,13 +491,8 @@ class CrossAttention(nn.Module):
         if plan is not None and not plan.is_textbook and not torch.compiler.is_compiling():
             refuse_illegal(plan, self.forbidden())
         if is_sharded(b):
-            hints: dict[str, Any] = {
-                "query_length": query_length,
-                "repeats": repeats,
-                "uses": uses,
-                "shares_queries": shares_queries,
-            }
-            return prepare_shard(self, b, context_mask, context_positions, plan, **hints)
+            hints = (query_length, repeats, uses, shares_queries)
+            return prepare_shard(self, b, context_mask, context_positions, plan, *hints)  # type: ignore[arg-type, return-value]
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_context(tuple(b.shape))
