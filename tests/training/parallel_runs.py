@@ -62,6 +62,13 @@ def make_task(recipe: str, data: Path):
         folder = data if data.exists() else write_songs(data, lengths=(3, 5), count=30)
         small = {"sample_rate": RATE, "bands": 20, "reduction": 2, "tokens_per_batch": 500}
         return ListenTask(ListenConfig(data=folder, model=ModelShape(**STILL), **small))
+    if recipe == "retro":
+        from recipes.test_retro import SMALL, RetroTask, RetroTextConfig, database_of, write_copies
+
+        db = data / "db"
+        if not db.exists():
+            database_of(write_copies(data / "text", documents=12, passages=8, words=12), db)
+        return RetroTask(RetroTextConfig(db=db, chunks=3, batch_size=5, evaluation_windows=4, test_windows=6, model=SMALL))
     raise ValueError(recipe)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -429,7 +429,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            out: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return out
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -492,7 +493,7 @@ class CrossAttention(nn.Module):
             refuse_illegal(plan, self.forbidden())
         if is_sharded(b):
             hints = (query_length, repeats, uses, shares_queries)
-            return prepare_shard(self, b, context_mask, context_positions, plan, *hints)  # type: ignore[arg-type, return-value]
+            return prepare_shard(self, b, context_mask, context_positions, plan, *hints)
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_context(tuple(b.shape))
