@@ -8,6 +8,7 @@ Weights lie whole in every process (DDP), or in shards of which each layer's are
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -174,11 +175,21 @@ def shard_model(model: nn.Module, mesh: Any) -> None:
         if any(True for _ in layer.parameters()) and not any(isinstance(inner, nn.ModuleList) for inner in layer.modules())
     ]
     shared = _names_of_shared(model)
-    for module in (*(layer for layer in layers if not shared & {id(p) for p in layer.parameters()}), model):
-        fully_shard(module, mesh=mesh)
-        for name in ("prepare", "attend"):
-            if callable(getattr(module, name, None)):
-                register_fsdp_forward_method(module, name)
+    for layer in layers:
+        # A layer that is used by methods of its own, step by step, would give its weights back after the first: the model holds them.
+        if not _own_methods(layer) and not shared & {id(parameter) for parameter in layer.parameters()}:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in ("prepare", "attend"):
+        if callable(getattr(model, name, None)):
+            register_fsdp_forward_method(model, name)
+
+
+def _own_methods(layer: nn.Module) -> list[str]:
+    """Public methods beside `forward` by which a model may use a layer, as the steps of a block that are taken one by one."""
+    ours = [kind for kind in type(layer).__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.")]
+    names = {name for kind in ours for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
+    return sorted(names - {"forward", "extra_repr", "reset_parameters"})
 
 
 def _names_of_shared(model: nn.Module) -> set[int]:
