@@ -176,7 +176,7 @@ def shard_model(model: nn.Module, mesh: Any) -> None:
     ]
     shared = _names_of_shared(model)
     for layer in layers:
-        # A layer that is used by methods of its own, step by step, would give its weights back after the first: the model holds them.
+        # A layer that is used by methods of its own, step by step, would give its weights back after the first step.
         if not _own_methods(layer) and not shared & {id(parameter) for parameter in layer.parameters()}:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
