@@ -165,8 +165,6 @@ def shard_model(model: nn.Module, mesh: Any) -> None:
 
     Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     layers = [
         layer
         for held in model.modules()
@@ -178,18 +176,25 @@ def shard_model(model: nn.Module, mesh: Any) -> None:
     for layer in layers:
         # A layer that is used by methods of its own, step by step, would give its weights back after the first step.
         if not _own_methods(layer) and not shared & {id(parameter) for parameter in layer.parameters()}:
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            _shard_one(layer, mesh)
+    _shard_one(model, mesh)
+
+
+def _shard_one(module: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    fully_shard(module, mesh=mesh)
     for name in ("prepare", "attend"):
-        if callable(getattr(model, name, None)):
-            register_fsdp_forward_method(model, name)
+        if callable(getattr(module, name, None)):
+            register_fsdp_forward_method(module, name)
 
 
 def _own_methods(layer: nn.Module) -> list[str]:
     """Public methods beside `forward` by which a model may use a layer, as the steps of a block that are taken one by one."""
     ours = [kind for kind in type(layer).__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.")]
     names = {name for kind in ours for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
-    return sorted(names - {"forward", "extra_repr", "reset_parameters"})
+    # `step` is of generating, for which weights are whole; the two others are registered.
+    return sorted(names - {"forward", "extra_repr", "reset_parameters", "step", "prepare", "attend"})
 
 
 def _names_of_shared(model: nn.Module) -> set[int]:
