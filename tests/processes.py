@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,38 +40,45 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
-def run_processes(program: Path, world: int, arguments: Sequence[str] = (), *, timeout: float = 4 * PATIENCE) -> list[str]:
-    """What each of `world` processes of a program prints; all end when one fails, and an AssertionError tells what each said."""
+@contextmanager
+def started(program: Path, world: int, arguments: Sequence[str] = ()) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    """`world` processes of a program, and the files that they write to; all are ended at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / f"{rank}.txt" for rank in range(world)]
-        children = []
-        for rank, place in enumerate(places):
-            where = {"RANK": str(rank), "WORLD_SIZE": str(world), "MEETING_FILE": str(Path(folder) / "meeting")}
-            with place.open("w") as file:
-                command = [sys.executable, str(program), *arguments]
-                children.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**where)))
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank, place in enumerate(places):
+                where = {"RANK": str(rank), "WORLD_SIZE": str(world), "MEETING_FILE": str(Path(folder) / "meeting")}
+                # accelerate asks for these, but the group that `join` has made is there already.
+                where |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+                with place.open("w") as file:
+                    command = [sys.executable, str(program), *arguments]
+                    children.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**where)))
+            yield children, places
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+
+
+def run_processes(program: Path, world: int, arguments: Sequence[str] = (), *, timeout: float = 4 * PATIENCE) -> list[str]:
+    """What each of `world` processes of a program prints; all end when one fails, and an AssertionError tells what each said."""
+    with started(program, world, arguments) as (children, places):
         fault = _wait(children, timeout)
         said = [place.read_text(errors="replace") for place in places]
         told = "\n".join(f"-- process {rank}, {child.returncode}:\n{said[rank][-8000:]}" for rank, child in enumerate(children))
-        assert fault is None, f"{fault}\n{told}"
-        return said
+    assert fault is None, f"{fault}\n{told}"
+    return said
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], timeout: float) -> str | None:
-    """Wait for all, or end those that are left; what went wrong."""
-    end, fault = time.monotonic() + timeout, None
-    try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                fault = "a process failed"
-                time.sleep(2)  # the others may say why they failed too
-                break
-            if time.monotonic() > end:
-                fault = f"the processes were not done after {timeout} s"
-                break
-            time.sleep(0.05)
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    return fault or next((f"a process ended with {child.returncode}" for child in children if child.returncode), None)
+    """Wait until all have ended, one has failed or time is over; what went wrong."""
+    end = time.monotonic() + timeout
+    while any(child.poll() is None for child in children):
+        if any(child.poll() for child in children):
+            time.sleep(2)  # the others may say why they failed too
+            break
+        if time.monotonic() > end:
+            return f"the processes were not done after {timeout} s"
+        time.sleep(0.05)
+    return "a process failed" if any(child.poll() for child in children) else None

@@ -78,6 +78,9 @@ class ToyTask:
     def loss(self, model, batch):
         return (model(batch.inputs) - batch.labels).square().mean()
 
+    def loss_weight(self, batch):
+        return len(batch.labels)
+
     def evaluate(self, model):
         assert not model.training
         assert not torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -430,8 +430,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            found: Tensor | list[Tensor] = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
-            return found
+            out: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return out
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -493,13 +493,8 @@ class CrossAttention(nn.Module):
         if plan is not None and not plan.is_textbook and not torch.compiler.is_compiling():
             refuse_illegal(plan, self.forbidden())
         if is_sharded(b):
-            hints: dict[str, Any] = {
-                "query_length": query_length,
-                "repeats": repeats,
-                "uses": uses,
-                "shares_queries": shares_queries,
-            }
-            return prepare_shard(self, b, context_mask, context_positions, plan, **hints)
+            hints = (query_length, repeats, uses, shares_queries)
+            return prepare_shard(self, b, context_mask, context_positions, plan, *hints)
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_context(tuple(b.shape))

@@ -375,11 +375,11 @@ def prepare_shard(
     context_mask: Tensor | None,
     context_positions: Tensor | None,
     plan: Plan | None,
-    *,
     query_length: int | None = None,
     repeats: int | None = None,
     uses: int | None = None,
     shares_queries: bool = False,
+    *,
     stamped: bool = True,
     only_keys: bool = False,
 ) -> PreparedShard:
@@ -543,7 +543,8 @@ def _meet(
     elif local.key_bias is not None:
         bias = local.key_bias.unsqueeze(2) if bias is None else bias + local.key_bias.unsqueeze(2)
     mask = combine_masks(local.mask, attn_mask, bias, local.context_length, queries.dtype, queries.device).tensor
-    return *execute.to_autocast_dtype(queries, keys, values), mask
+    queries, keys, values = execute.to_autocast_dtype(queries, keys, values)
+    return queries, keys, values, mask
 
 
 def _read(
@@ -583,10 +584,11 @@ def share_of_rows(
         lses = [attend_part(queries, part, layer.scale).lse for part in _pieces(queries, keys, keys, mask)]
         own = torch.stack(lses).logsumexp(0) if len(lses) > 1 else lses[0]
         whole = merge_over(prepared.shards.group, Partial(own.new_empty(*own.shape, 0), own)).lse
-    part_of_rows = (own - whole.masked_fill(whole == -torch.inf, 0.0)).exp().unflatten(2, (share, length)).flatten(1, 2)
+    part_of_rows: Tensor = (own - whole.masked_fill(whole == -torch.inf, 0.0)).exp().unflatten(2, (share, length)).flatten(1, 2)
     if a.dim() != 4:
         return part_of_rows
-    return part_of_rows.unflatten(2, (a.shape[1], a.shape[2])).transpose(1, 2)
+    by_repeat: Tensor = part_of_rows.unflatten(2, (a.shape[1], a.shape[2])).transpose(1, 2)
+    return by_repeat
 
 
 def _folded(
@@ -623,7 +625,7 @@ class _AttendShard(torch.autograd.Function):
         return output, merged.lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, keys, values, mask, output, lse = ctx.saved_tensors
         grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
@@ -705,7 +707,7 @@ class _SumGradients(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wide = torch.float32
         for grad in grads:  # half precision is summed in float32

@@ -1,8 +1,10 @@
 """`crossattention train RECIPE`: train a model, watch it learn, and hear at the end what it knows."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -32,11 +34,16 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     if recipe not in RECIPES:
         raise ValueError(unknown("recipe", recipe, list(RECIPES), f"{prog} --help"))
     order = read_order(recipe, arguments[1:], prog=f"{prog} {recipe}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not _is_first())
     task = _read_data(order, console)
     if _train(task, order, console):
         _show_results(order, task, console)
     return EXIT_OK
+
+
+def _is_first() -> bool:
+    """Whether this process tells: alone, or the first of those that `torchrun` or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _help(prog: str) -> str:
@@ -46,7 +53,7 @@ def _help(prog: str) -> str:
 
 
 def _read_data(order: Order, console: Console) -> "RecipeTask":
-    with waiting("reading the data"):
+    with waiting("reading the data") if _is_first() else nullcontext():
         task = order.build_task()
     _print(console, *task.notes)
     return task
@@ -75,6 +82,8 @@ def _train(task: "RecipeTask", order: Order, console: Console) -> bool:
             raise KeyboardInterrupt("stopped before the training began; nothing was written") from None
         saved = f"saved at step {event.step:,}" if isinstance(event, Interrupted) else "stopped between two checkpoints"
         message = f"{saved}; to go on:\n  {order.resume_command}"
+        if not _is_first():
+            raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
         if isinstance(stop, SystemExit):
             print(message, file=sys.stderr)
             raise

@@ -219,6 +219,10 @@ class BytesTask:
         logits = model(batch.ids, outputs=batch.positions)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
+    def loss_weight(self, batch: MaskedBatch) -> float:
+        """The number of masked bytes."""
+        return batch.labels.numel()
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Bits per byte and accuracy on masked bytes of validation windows, always the same ones, and one text to look at."""
         scores = score_model(model, self.valid, min(self.config.evaluation_windows, self.valid.num_windows))

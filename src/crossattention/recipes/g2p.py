@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from crossattention.data.batches import PairBatch
-from crossattention.data.vocabulary import build_tokenizer
+from crossattention.data.vocabulary import PAD, build_tokenizer
 from crossattention.models.transformer import Transformer
 from crossattention.recipes.cmudict import (
     Part,
@@ -150,6 +150,10 @@ class G2PTask:
     def loss(self, model: nn.Module, batch: PairBatch) -> Tensor:
         """The label-smoothed cross-entropy, mean over the phonemes, in nats."""
         return self.learner.loss(model, batch)
+
+    def loss_weight(self, batch: PairBatch) -> float:
+        """The number of phonemes, END counted."""
+        return int((batch.labels != PAD).sum())
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Error rates of greedy predictions on validation words, and one word to look at.

@@ -258,6 +258,10 @@ class ImagesTask:
         """The cross-entropy of the class, in nats."""
         return F.cross_entropy(model(normalised(batch.images)).float(), batch.labels)
 
+    def loss_weight(self, batch: ImageBatch) -> float:
+        """The number of pictures."""
+        return len(batch.labels)
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Cross-entropy and accuracy on the validation part, and one picture of it with what the class tokens read."""
         classifier = Classifier(model, self.data.classes)

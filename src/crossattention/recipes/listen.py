@@ -195,6 +195,10 @@ class ListenTask:
         logits = model(batch.frames, batch.target_ids, batch.source_mask if batch.is_source_padded else None)
         return label_smoothed_cross_entropy(logits, batch.labels, pad_id=PAD, smoothing=self.config.label_smoothing)
 
+    def loss_weight(self, batch: SoundBatch) -> float:
+        """The number of letters, END counted."""
+        return int((batch.labels != PAD).sum())
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Error rates of greedy predictions of validation sounds, and one sound to look at."""
         translator = self.translator(model)

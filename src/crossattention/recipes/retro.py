@@ -312,6 +312,10 @@ class RetroTask:
         labels = batch.ids[:, 1:].masked_fill(~batch.real[:, 1:], _NO_LABEL)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_NO_LABEL)
 
+    def loss_weight(self, batch: ChunkBatch) -> float:
+        """The number of tokens that are predicted."""
+        return int(batch.real[:, 1:].sum())
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Bits per byte of validation windows, always the same ones, and a text to look at."""
         scored = score(model, self.database, self.valid[: self.config.evaluation_windows], self.config, self.neighbourhood)

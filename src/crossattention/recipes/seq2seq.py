@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crossattention.checkpoints.files import sha256_of
 from crossattention.data.batches import PairBatch
 from crossattention.data.pairs import read_pairs
-from crossattention.data.vocabulary import Tokenizer, TokenizerKind, UnknownSymbol, WordTokenizer, build_tokenizer
+from crossattention.data.vocabulary import PAD, Tokenizer, TokenizerKind, UnknownSymbol, WordTokenizer, build_tokenizer
 from crossattention.models.transformer import Transformer
 from crossattention.recipes.pair_task import ModelShape, PairLearner
 from crossattention.recipes.recipe import Examples
@@ -202,6 +202,10 @@ class Seq2SeqTask:
     def loss(self, model: nn.Module, batch: PairBatch) -> Tensor:
         """The label-smoothed cross-entropy, mean over the target tokens, in nats."""
         return self.learner.loss(model, batch)
+
+    def loss_weight(self, batch: PairBatch) -> float:
+        """The number of target tokens, END counted."""
+        return int((batch.labels != PAD).sum())
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """The cross-entropy and the metrics of greedy predictions of validation pairs, and one pair to look at."""

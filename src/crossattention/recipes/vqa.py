@@ -183,6 +183,10 @@ class VQATask:
         """The cross-entropy of the answer, mean over the words, in nats."""
         return answer_loss(model, batch, self.choices)
 
+    def loss_weight(self, batch: QuestionBatch) -> float:
+        """The number of words, BEGIN counted."""
+        return batch.num_tokens
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """The cross-entropy and the accuracy on validation questions, and one question with what its words read, all together."""
         answerer = self.answerer(model)

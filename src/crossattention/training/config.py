@@ -10,10 +10,11 @@ from crossattention.training.schedules import ScheduleName
 OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu"]
+Parallel = Literal["ddp", "fsdp"]
 
 # Fields that may differ when a run is resumed, because they change neither the batches nor the weights
 # (`threads` and `device` change the last bits; the loop says so in its `Started` event).
-FREE_ON_RESUME = frozenset({"log_every", "keep_checkpoints", "checkpoint_minutes", "threads", "device"})
+FREE_ON_RESUME = frozenset({"log_every", "keep_checkpoints", "checkpoint_minutes", "threads", "device", "parallel"})
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TrainConfig:
         checkpoint_minutes: longest time between two checkpoints; there is one at each evaluation anyway.
         threads: CPU threads of torch; None leaves them as they are.
         device: "auto" takes the GPU where there is one.
+        parallel: how several processes (`torchrun`, `accelerate launch`) hold the weights: "ddp" whole in each, "fsdp" sharded.
         init: begin with the weights of a run, a model folder, a folder or file of another library or a hub id, in the place of
             random ones; they must fit in every name and shape.
         freeze: names of parameters that stay as they are, with wildcards: "encoder.*", or "encoder" for all below it.
@@ -78,6 +80,7 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
     threads: int | None = None
     device: Device = "auto"
+    parallel: Parallel = "ddp"
     init: str | None = None
     freeze: tuple[str, ...] = ()
 
@@ -110,7 +113,8 @@ class TrainConfig:
         """Every field as JSON holds it; `from_json` is the way back."""
         fields = {**dataclasses.asdict(self), "betas": list(self.betas), "freeze": list(self.freeze)}
         # Absent where they are not used, as in the runs of versions that did not have them.
-        return {name: value for name, value in fields.items() if name not in ("init", "freeze") or value}
+        unused = {"init": None, "freeze": [], "parallel": "ddp"}
+        return {name: value for name, value in fields.items() if name not in unused or value != unused[name]}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
@@ -146,4 +150,5 @@ _CHOICES = {
     "optimizer": get_args(OptimizerName),
     "precision": get_args(Precision),
     "device": get_args(Device),
+    "parallel": get_args(Parallel),
 }

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from crossattention.training.initial import freeze, initialise
 from crossattention.training.interruption import Interruption
 from crossattention.training.journal import Journal, finite
 from crossattention.training.optimizers import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from crossattention.training.processes import Processes, load_whole, naming_a_lost_process, whole
 from crossattention.training.randomness import (
     preserved_randomness,
     random_state,
@@ -36,9 +37,6 @@ from crossattention.training.randomness import (
 from crossattention.training.schedules import factor_at, warmup_of
 from crossattention.training.state import State
 from crossattention.training.tasks import Batch, Evaluation, Task
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 __all__ = ["Evaluated", "Event", "Finished", "Interrupted", "Saved", "Started", "Step", "train"]
 
@@ -51,8 +49,8 @@ def train(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fa
     w <- optimizer(w, clip(grad task.loss(model, task.batch_at(step)))), with the learning rate of `config.schedule`
 
     The folder is checked at the call; the work is done while the events are iterated over. In a run of several
-    processes (`accelerate launch`, `torchrun`) step s of process r of p reads batch s * p + r, and only the first
-    process yields events and writes files.
+    processes (`accelerate launch`, `torchrun`) each takes some items of the same batch, so that the loss and its gradient
+    are those of one process (processes.py), and only the first process yields events and writes files.
 
     Args:
         task: what to train (tasks.py).
@@ -68,6 +66,7 @@ def train(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fa
         ValueError: `out` holds a run and `resume` is not set, or the other way round, or the settings differ, or its
             newest checkpoint is damaged.
         OSError: `out` cannot be written.
+        ConnectionError: while iterating: another process of the run has ended.
         FloatingPointError: while iterating: the loss or the gradient is not finite; names the step and the examples.
 
     Example:
@@ -75,15 +74,15 @@ def train(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fa
             if isinstance(event, Step):
                 print(event.step, event.loss)
     """
-    accelerator = _accelerator(config)
+    processes = Processes(config)
     folder = RunFolder(Path(out))
     description = task.describe()
-    if accelerator.is_main_process:
+    if processes.is_first:
         if resume:
             folder.check_resumable(config, description)
         else:
             folder.check_new()
-    return _events(task, config, folder, description, accelerator, resume)
+    return _events(task, config, folder, description, processes, resume)
 
 
 def _events(
@@ -91,12 +90,13 @@ def _events(
     config: TrainConfig,
     folder: RunFolder,
     description: dict[str, Any],
-    accelerator: "Accelerator",
+    processes: Processes,
     resume: bool,
 ) -> Iterator[Event]:
-    is_main = accelerator.is_main_process
-    with folder.locked() if is_main else nullcontext(), Interruption() as interruption:
-        run = _Run(task, config, folder, description, accelerator, interruption, resume=resume)
+    is_main = processes.is_first
+    lost = naming_a_lost_process(processes.count, lambda: f"The run can be resumed: {_newest(folder)}")
+    with folder.locked() if is_main else nullcontext(), Interruption() as interruption, lost:
+        run = _Run(task, config, folder, description, processes, interruption, resume=resume)
         try:
             for event in run.events():
                 if is_main:
@@ -141,15 +141,14 @@ class _Run:
         config: TrainConfig,
         folder: RunFolder,
         description: dict[str, Any],
-        accelerator: "Accelerator",
+        processes: Processes,
         interruption: Interruption,
         *,
         resume: bool,
     ):
         self.task, self.config, self.folder, self.description = task, config, folder, description
-        self.accelerator, self.interruption = accelerator, interruption
-        self.device: torch.device = accelerator.device
-        self.is_main: bool = accelerator.is_main_process
+        self.processes, self.interruption = processes, interruption
+        self.device, self.is_main = processes.device, processes.is_first
         self.started_at = self.stepped_at = self.saved_at = time.monotonic()
         self.progress = _Progress()
         self.pace = Pace()
@@ -164,10 +163,11 @@ class _Run:
         self.init = self._initialise(resume)
         self.frozen = freeze(self.model, config.freeze)
         self.model = self.model.to(self.device).train()
+        self.copy = self._plain_copy()
+        self.prepared: nn.Module = processes.wrap(self.model)  # before the optimizers: shards take the place of weights
         self.optimizers = build_optimizers(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.prepared: nn.Module = accelerator.prepare(self.model)
-        seed_everything(config.seed + accelerator.process_index)  # each process has its own dropout
+        seed_everything(config.seed + processes.rank)  # each process has its own dropout
 
         self.resumed_from: Path | None = None
         self.notes: list[str] = []
@@ -179,8 +179,10 @@ class _Run:
         self.journal = Journal(folder.journal_file, folder.tensorboard, resumed_step=resumed_step) if self.is_main else None
         if saved is None:
             self._write_beginning()
+        elif len(saved.facts["random"]) == processes.count:
+            restore_random_state(saved.facts["random"][processes.rank])  # last: building draws numbers
         else:
-            restore_random_state(saved.facts["random"][accelerator.process_index])  # last: building draws numbers
+            seed_everything(config.seed + 7919 * self.progress.step + processes.rank)
 
     def events(self) -> Iterator[Event]:
         """The whole run."""
@@ -195,8 +197,13 @@ class _Run:
         )
         self.stepped_at = time.monotonic()
         while True:
-            if signal_number := self._agree(self.interruption.signal_number):
+            signal_number, is_time_to_save = self.processes.highest(
+                self.interruption.signal_number, time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+            )
+            if signal_number:
                 yield from self._stop(signal_number)
+            if is_time_to_save and self.saved_key != (progress.step, progress.evaluated_step):
+                yield self._save()
             if self._is_evaluation_due():
                 yield from self._evaluate_and_save()
                 continue
@@ -206,8 +213,6 @@ class _Run:
             self._shorten_if_late()
             if progress.step % self.config.log_every == 0:
                 yield self._log_step()
-            if self._agree(time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes):
-                yield self._save()
         if self.saved_key != (progress.step, progress.evaluated_step):
             yield self._save()
         assert progress.best_step is not None, "the last step is always evaluated"
@@ -258,21 +263,21 @@ class _Run:
             return None
         if self.is_main:
             self.folder.restore()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         newest = self.folder.load_newest()
         if newest is None:
             return None
         state, self.resumed_from = newest
         facts = state.facts
-        if len(facts["random"]) != self.accelerator.num_processes:
-            raise ValueError(
-                f"the run was saved by {len(facts['random'])} processes and is resumed by "
-                f"{self.accelerator.num_processes}: each reads its own batches; resume with as many"
-            )
-        self.model.load_state_dict(state.tensors["model"])
+        load_whole(self.model, state.tensors["model"])
         load_optimizer_tensors(self.optimizers, self.model, state.tensors["optimizer"])
         self.progress = _Progress.from_json(facts["progress"])
         self.saved_key = (self.progress.step, self.progress.evaluated_step)
+        if len(facts["random"]) != self.processes.count:
+            self.notes.append(
+                f"saved by {len(facts['random'])} processes, resumed by {self.processes.count}: the batches are the same, "
+                "dropout draws other numbers"
+            )
         self.notes += [
             f"{name}: {facts['environment'][name]} before, {now} now: the weights will not be the same to the last bit"
             for name, now in self._environment().items()
@@ -285,8 +290,7 @@ class _Run:
         progress, config = self.progress, self.config
         if progress.total_steps is not None or config.minutes is not None:
             return
-        per_epoch = self.task.steps_per_epoch / self.accelerator.num_processes
-        progress.total_steps = config.steps or max(1, math.ceil((config.epochs or 0) * per_epoch))
+        progress.total_steps = config.steps or max(1, math.ceil((config.epochs or 0) * self.task.steps_per_epoch))
         progress.evaluation_steps = evaluation_steps(
             progress.total_steps, evaluations=config.evaluations, evaluate_every=config.evaluate_every
         )
@@ -306,12 +310,17 @@ class _Run:
         progress = self.progress
         step = progress.step + 1
         factor = self._factor(step)
-        batch = self._batch_of(step).to(self.device)
+        batch = self._batch_of(step)
+        part, share = self.processes.part_of(self.task, batch)
         with self._autocast():
-            loss = self.task.loss(self.prepared, batch)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
-        self.unread.append((step, loss.detach(), norm.detach()))
+            loss = self.task.loss(self.prepared, part.to(self.device))
+        if self.processes.count > 1:  # the mean over processes that DDP and FSDP take of gradients becomes the sum of shares
+            loss = loss * share
+            (loss * self.processes.count).backward()
+        else:
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
+        self.unread.append((step, loss.detach(), whole({"norm": norm.detach()})["norm"]))
         if self.device.type == "cpu":  # elsewhere reading waits for the device: done when the numbers are needed
             self._read_losses()
         for optimizer in self.optimizers.values():
@@ -333,8 +342,7 @@ class _Run:
         return factor_at(config.schedule, step, warmup_steps=config.warmup_steps, total_steps=total_steps)
 
     def _batch_of(self, step: int) -> Batch:
-        place = (step - 1) * self.accelerator.num_processes + self.accelerator.process_index
-        return self.task.batch_at(place)
+        return self.task.batch_at(step - 1)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # Around the whole loss, by torch itself: accelerate would replace the model's `forward` and cast its outputs.
@@ -346,7 +354,7 @@ class _Run:
         """Take the losses off the device and stop where one is not finite, before anything made of it is saved."""
         if not self.unread:
             return
-        losses = torch.stack([loss for _, loss, _ in self.unread]).tolist()
+        losses = self.processes.sum(torch.stack([loss for _, loss, _ in self.unread])).tolist()
         norms = torch.stack([norm for _, _, norm in self.unread]).tolist()
         steps = [step for step, _, _ in self.unread]
         self.unread.clear()
@@ -360,22 +368,19 @@ class _Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but its gradient is {norm}"
         indices = list(self._batch_of(step).indices)
         named = ", ".join(str(index) for index in indices[:20]) + (", ..." if len(indices) > 20 else "")
-        saved = self.folder.saved_steps()
-        rest = f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint before it"
         return (
-            f"{what} at step {step}; its batch holds the {len(indices)} examples {named}; {rest}. "
+            f"{what} at step {step}; its batch holds the {len(indices)} examples {named}; {_newest(self.folder)}. "
             "Look at these examples, or lower learning_rate, lengthen warmup_steps or lower clip_norm in a new run"
         )
 
     def _log_step(self) -> Step:
         self._read_losses()
         progress = self.progress
-        tokens = progress.tokens * self.accelerator.num_processes
         event = Step(
             step=progress.step,
             total_steps=progress.total_steps,
             loss=sum(progress.losses) / len(progress.losses),
-            tokens_per_second=tokens / max(progress.token_seconds, 1e-9),
+            tokens_per_second=progress.tokens / max(progress.token_seconds, 1e-9),
             learning_rate=self.config.learning_rate * self._factor(progress.step),
             gradient_norm=progress.gradient_norm,
             seconds=self._elapsed(),
@@ -414,10 +419,10 @@ class _Run:
             evaluations=evaluations,
         )
         self.is_replannable = True
-        progress.total_steps = self._agree(total)
+        progress.total_steps = self.processes.first(total)
         progress.evaluation_steps = evaluation_steps(
             progress.total_steps,
-            evaluations=self._agree(evaluations),
+            evaluations=self.processes.first(evaluations),
             evaluate_every=config.evaluate_every,
             after=progress.step,
         )
@@ -438,7 +443,7 @@ class _Run:
             elapsed_seconds=self._elapsed(),
             budget_seconds=60 * config.minutes,
         )
-        if self._agree(is_late):
+        if self.processes.first(is_late):
             self._plan(left)
 
     # ---- evaluating, saving, stopping
@@ -449,14 +454,14 @@ class _Run:
             return False
         if progress.total_steps is None:
             budget = 60 * (self.config.minutes or 0)
-            return bool(self._agree(self.pace.is_measured(budget, self._elapsed())))
+            return bool(self.processes.first(self.pace.is_measured(budget, self._elapsed())))
         return progress.step in progress.evaluation_steps or progress.step == progress.total_steps
 
     def _evaluate_and_save(self) -> Iterator[Event]:
         begun = time.monotonic()
         self._read_losses()
         evaluation = self._evaluate()
-        if self._agree(self.interruption.signal_number):
+        if self.processes.highest(self.interruption.signal_number)[0]:
             return  # the evaluation was broken off; a resumed run begins with it
         yield self._note_evaluation(evaluation)
         if self.progress.total_steps is None:
@@ -468,31 +473,49 @@ class _Run:
 
     def _evaluate(self) -> Evaluation | None:
         """The task's scores, by the first process; None elsewhere, and where a signal broke it off."""
-        if not self.is_main:
+        model = self._whole_model()
+        if model is None:
             return None
-        self.model.eval()
+        model.eval()
         try:
             with torch.no_grad(), preserved_randomness(), self.interruption.at_once():
-                return self.task.evaluate(self.model)
+                return self.task.evaluate(model)
         except KeyboardInterrupt:
             if not self.interruption.signal_number:
                 raise
             return None
         finally:
-            self.model.train()
+            model.train()
+
+    def _plain_copy(self) -> nn.Module | None:
+        """Where weights are sharded, a second model in the first process that takes them whole, to be evaluated and saved."""
+        if not (self.processes.is_sharded and self.is_main):
+            return None
+        with preserved_randomness():
+            return self.task.build_model().to(self.device)
+
+    def _whole_model(self) -> nn.Module | None:
+        """The model with all its weights, in the first process; None elsewhere. A collective call where weights are sharded."""
+        if not self.processes.is_sharded:
+            return self.model if self.is_main else None
+        tensors = whole(self.model.state_dict())
+        if self.copy is not None:
+            self.copy.load_state_dict(tensors)
+        return self.copy
 
     def _note_evaluation(self, evaluation: Evaluation | None) -> Evaluated:
         progress, metric = self.progress, self.task.metric
         metrics = dict(evaluation.metrics) if evaluation is not None else {}
         if evaluation is not None and metric not in metrics:
             raise ValueError(f"task.metric is {metric!r}, but task.evaluate gave only {sorted(metrics)}")
-        is_best = bool(self._agree(self._is_better(metrics.get(metric, math.nan))))
+        is_best = bool(self.processes.first(self._is_better(metrics.get(metric, math.nan))))
         progress.evaluated_step = progress.step
         if is_best:
             progress.best_step, progress.best_metrics = progress.step, metrics
             if self.is_main:
                 scores = {"step": progress.step, "metric": metric, "metrics": finite(metrics)}
-                self.folder.save_best(self.model, self.description, scores, self.init)
+                model = self.model if self.copy is None else self.copy
+                self.folder.save_best(model, self.description, scores, self.init)
         charts = {f"evaluation/{name}": value for name, value in metrics.items()}
         self._write("evaluation", {"metrics": metrics, "is_best": is_best, "seconds": self._elapsed()}, charts)
         return Evaluated(progress.step, metrics, evaluation.sample if evaluation is not None else None, is_best)
@@ -506,7 +529,8 @@ class _Run:
     def _save(self) -> Saved:
         self._read_losses()
         progress = self.progress
-        random = self._from_every_process(random_state())
+        random = self.processes.from_all(random_state())
+        model, optimizer = whole(self.model.state_dict()), whole(optimizer_tensors(self.optimizers, self.model))
         if self.is_main:
             facts = {
                 "progress": {**progress.to_json(), "seconds": self._elapsed()},
@@ -514,13 +538,13 @@ class _Run:
                 "environment": self._environment(),
             }
             tensors: dict[str, Mapping[str, Tensor]] = {
-                "model": self.model.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizers, self.model),
+                "model": model,
+                "optimizer": optimizer,
             }
             self._flush_journal()
             self.folder.save_checkpoint(State(progress.step, tensors, facts))
             self.folder.prune(keep=self.config.keep_checkpoints, best_step=progress.best_step)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         self.saved_key = (progress.step, progress.evaluated_step)
         self.saved_at = self.stepped_at = time.monotonic()
         return Saved(progress.step, self.folder.checkpoint(progress.step), progress.best_step == progress.step)
@@ -549,33 +573,7 @@ class _Run:
         except OSError as error:
             raise self.folder.explained(error, f"could not write {self.folder.journal_file}") from error
 
-    # ---- several processes
 
-    def _agree(self, value: int) -> int:
-        """The first process's value, in all of them: decisions by the clock or by a signal must be the same."""
-        if self.accelerator.num_processes == 1:
-            return int(value)
-        from accelerate.utils import broadcast
-
-        return int(broadcast(torch.tensor([int(value)], device=self.device)).item())
-
-    def _from_every_process(self, value: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
-
-def _accelerator(config: TrainConfig) -> "Accelerator":
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
-    if accelerator.distributed_type in sharded:
-        raise ValueError(
-            f"training is launched as {accelerator.distributed_type.value}, but the run's state is saved whole: "
-            "launch it as data-parallel (accelerate launch --multi_gpu, or torchrun)"
-        )
-    return accelerator
+def _newest(folder: RunFolder) -> str:
+    steps = folder.saved_steps()
+    return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint before it"

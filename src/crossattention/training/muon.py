@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from crossattention.training.processes import sharded_like
+
 # Of p(x) = a x + b x^3 + c x^5, one triple a step: singular values from 1e-3 to 1 are brought near 1 in five steps. Amsel, Persson,
 # Musco, Gower 2025, arXiv:2505.16932, algorithm 1 with a floor of 1e-3, safety factors included.
 _COEFFICIENTS = (
@@ -96,12 +98,35 @@ class Muon(Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momenta = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
-        looked_ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-        updates = orthogonalized(looked_ahead, steps=group["steps"]).unbind()
-        torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _ADAM_LIKE * math.sqrt(max(shape)))
+        momenta = _own([self.state[p]["momentum"] for p in parameters])
+        torch._foreach_lerp_(momenta, _own(gradients), 1.0 - group["momentum"])
+        looked_ahead = torch._foreach_lerp(_own(gradients), momenta, group["momentum"])
+        whole = torch.stack([_gathered(tensor, p) for tensor, p in zip(looked_ahead, parameters, strict=True)])
+        updates = orthogonalized(whole, steps=group["steps"]).unbind()
+        own_updates = [_shard(update, p) for update, p in zip(updates, parameters, strict=True)]
+        weights = _own(parameters)
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, own_updates, alpha=-group["lr"] * _ADAM_LIKE * math.sqrt(max(shape)))
+
+
+def _own(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of tensors that FSDP may have sharded."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]  # type: ignore[operator]
+
+
+def _gathered(own: Tensor, like: Tensor) -> Tensor:
+    """The whole of what each process holds as a shard like that of `like`: a matrix is made orthogonal as a whole."""
+    if not hasattr(like, "to_local"):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+def _shard(update: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a whole update."""
+    return _own([sharded_like(update, like)])[0]
 
 
 def orthogonalized(matrices: Tensor, *, steps: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from crossattention.training.config import TrainConfig
 from crossattention.training.muon import Muon
+from crossattention.training.processes import sharded_like
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -79,7 +80,8 @@ def load_optimizer_tensors(optimizers: Mapping[str, Optimizer], model: nn.Module
     Raises:
         ValueError: the tensors are of other parameters than the model's, or of other optimizers.
     """
-    prefixes = [prefix for prefix, _, _ in _named_parameters_of(optimizers, model)]
+    parameters = {prefix: parameter for prefix, parameter, _ in _named_parameters_of(optimizers, model)}
+    prefixes = list(parameters)
     by_prefix: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         prefix, _, key = name.rpartition("/")
@@ -92,7 +94,11 @@ def load_optimizer_tensors(optimizers: Mapping[str, Optimizer], model: nn.Module
         # Through the optimizer's own loading: it knows which of its tensors follow the parameter's device and dtype.
         own = [prefix for prefix in prefixes if prefix.startswith(f"{name}/")]
         state: dict[str, Any] = {"param_groups": optimizer.state_dict()["param_groups"]}
-        state["state"] = {place: by_prefix[prefix] for place, prefix in enumerate(own) if prefix in by_prefix}
+        state["state"] = {
+            place: {key: sharded_like(tensor, parameters[prefix]) for key, tensor in by_prefix[prefix].items()}
+            for place, prefix in enumerate(own)
+            if prefix in by_prefix
+        }
         optimizer.load_state_dict(state)
 
 

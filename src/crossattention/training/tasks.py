@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """One step's examples as tensors."""
+    """One step's examples as tensors: a dataclass, all of whose tensors have one row for each of `indices`."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +65,10 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss per target token, a scalar; calls `model(...)` itself (which may be wrapped for several GPUs)."""
+        ...
+
+    def loss_weight(self, batch: Batch) -> float:
+        """The number of targets that `loss` is the mean of: by it the losses of a batch's parts are the loss of the batch."""
         ...
 
     def evaluate(self, model: nn.Module) -> Evaluation:
