@@ -245,19 +245,11 @@ class SelfAttention(nn.Module):
             score_mask,
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
-            kernel="explicit" if self._learns_scores() or _is_quicker_written_out(queries, keys, values) else "fused",
+            kernel="explicit"
+            if execute.learns_scores(self.positions) or _is_quicker_written_out(queries, keys, values)
+            else "fused",
         )
         return project(self.out_proj, read.transpose(1, 2).flatten(2))
-
-    def _learns_scores(self) -> bool:
-        """Whether a gradient may flow into what is added to the scores, which no fused kernel computes.
-
-        Not whether it does: frozen weights give what they gave while they were trained, to the bit.
-        """
-        part = self.positions
-        if part is None or not part.adds_to_scores or not torch.is_grad_enabled():
-            return False
-        return part.reads_queries or any(True for _ in part.parameters())
 
     def _mask(
         self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int
@@ -274,14 +266,16 @@ class SelfAttention(nn.Module):
         if self.is_causal and not (isinstance(n, int) and n == 1 and offset == m - 1):
             causal = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(offset)
             if attn_mask is None and mask is None and bias is not None:  # every row has itself to attend to
-                return ScoreMask(torch.where(causal, to_score_dtype(bias, score_dtype_of(queries)), -torch.inf), None)
+                found = ScoreMask(to_score_dtype(bias, score_dtype_of(queries)), None, causal[None, None], is_learned=True)
+                return found if execute.learns_scores(self.positions) else found.joined()
             if attn_mask is None:
                 attn_mask = causal
             elif attn_mask.dtype == torch.bool:
                 attn_mask = attn_mask & causal
             else:
                 attn_mask = torch.where(causal, attn_mask, -torch.inf)
-        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device)
+        is_learned = bias is not None and execute.learns_scores(self.positions)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device, is_learned=is_learned)
 
     def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)
