@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crossattention.attention import PreparedContext as PreparedContext
     from crossattention.attention import SelfAttention as SelfAttention
     from crossattention.interop import record_attention as record_attention
+    from crossattention.interop import speed_up as speed_up
     from crossattention.layers import AttentionPool as AttentionPool
     from crossattention.layers import CrossAttentionBlock as CrossAttentionBlock
     from crossattention.layers import Resampler as Resampler
@@ -37,6 +38,7 @@ _ROOM_OF = {
     "Plan": "plan",
     "PlanError": "plan",
     "record_attention": "interop",
+    "speed_up": "interop",
 }
 _ROOMS = ("attention", "interop", "layers", "maps", "models", "plan")
 

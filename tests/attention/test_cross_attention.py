@@ -707,12 +707,14 @@ def test_wrong_dtypes_say_both():
 def test_what_is_no_dense_tensor_is_refused_by_its_type():
     layer = make_layer()
     a, b = make_inputs()
-    assert "context must be a tensor (batch, length, width), got list" in error_of(lambda: layer(a, [b[0], b[1]]), TypeError)
-    assert "queries must be a tensor" in error_of(lambda: layer.attend([1.0], layer.prepare(b)), TypeError)
+    assert "context must be a tensor (batch, length, width), got str" in error_of(lambda: layer(a, "b"), TypeError)
+    assert "queries[0] must be a tensor, got float" in error_of(lambda: layer.attend([1.0], layer.prepare(b)), TypeError)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
-        nested = torch.nested.nested_tensor([b[0, :3].detach(), b[1].detach()], layout=torch.jagged)
-    assert "got a nested one; pad it" in error_of(lambda: layer.prepare(nested), TypeError)
+        strided = torch.nested.nested_tensor([b[0, :3].detach(), b[1].detach()])
+        jagged = torch.nested.nested_tensor([b[0, :3].detach(), b[1].detach()], layout=torch.jagged)
+    assert "layout=torch.jagged" in error_of(lambda: layer.prepare(strided), TypeError)
+    assert "got a nested one; pad it" in error_of(lambda: layer.extend(layer.prepare(b), jagged), TypeError)
 
 
 def test_a_context_prepared_under_autocast_is_refused_outside_of_it():

@@ -1,5 +1,8 @@
 """Self-attention: it is cross-attention of a sequence with itself, causal where asked, the same step by step."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -52,6 +55,57 @@ def test_steps_of_any_length_equal_the_whole_and_leave_the_cache_as_it_was():
             cache = longer
         assert cache.length == N
         assert_close(torch.cat(rows, 1), layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_selected", [False, True])
+def test_caches_that_go_on_from_one_share_nothing_that_is_written(is_selected: bool) -> None:
+    layer = make(causal=True)
+    x, others = torch.randn(2, Z, N, D, dtype=torch.float64)
+    _, first = layer.step(x[:, :3])
+    if is_selected:
+        first = first.select(torch.arange(Z))
+    kept = first.keys.clone()
+    wanted, mine = [], []
+    for sequence in (x, others, x):
+        joined = torch.cat((x[:, :3], sequence[:, 3:]), 1)
+        cache, rows = first, []
+        for t in range(3, N):
+            out, cache = layer.step(joined[:, t : t + 1], cache)
+            rows.append(out)
+        mine.append((torch.cat(rows, 1), cache))
+        wanted.append(layer(joined)[:, 3:])
+    for (out, cache), expected, sequence in zip(mine, wanted, (x, others, x), strict=True):
+        assert_close(out, expected)
+        assert_close(
+            layer.step(sequence[:, :1], cache)[0], layer(torch.cat((x[:, :3], sequence[:, 3:], sequence[:, :1]), 1))[:, -1:]
+        )
+    assert torch.equal(first.keys, kept)
+
+
+def test_gradients_flow_through_steps_that_go_on_from_steps_without() -> None:
+    layer = make(causal=True)
+    x = torch.randn(Z, N, D, dtype=torch.float64)
+    with torch.inference_mode():
+        cache = layer.step(x[:, 1:2], layer.step(x[:, :1])[1])[1]
+    with torch.no_grad():
+        assert_close(layer.step(x[:, 2:3], cache)[0], layer(x[:, :3])[:, 2:])
+    with torch.no_grad():
+        cache = layer.step(x[:, 1:2], layer.step(x[:, :1])[1])[1]
+    longer = layer.step(x[:, 2:4], cache)[1]
+    layer.step(x[:, 4:5], longer)[0].sum().backward()
+    assert layer.k_proj.weight.grad.abs().sum() > 0
+    assert longer.keys.requires_grad and not cache.keys.requires_grad
+
+
+def test_a_cache_can_be_copied_and_saved() -> None:
+    layer = make(causal=True).float()
+    x = torch.randn(Z, N, D)
+    with torch.no_grad():
+        cache = layer.step(x[:, 2:3], layer.step(x[:, :2])[1])[1]
+        for same in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            assert torch.equal(same.keys, cache.keys) and torch.equal(same.values, cache.values)
+            assert torch.equal(layer.step(x[:, 3:4], same)[0], layer.step(x[:, 3:4], cache)[0])
 
 
 def test_a_selected_cache_follows_the_surviving_rows():

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from checkpoints.test_convert import marian_folder, same
 from cli.conftest import type_in
 from crossattention.models.pretrained import load
@@ -44,3 +46,24 @@ def test_a_fault_is_one_sentence(tmp_path):
     assert stderr.startswith(f"crossattention: error: {tmp_path / 'ours'} exists already")
     code, _, stderr = type_in("convert", tmp_path / "absent", tmp_path / "other")
     assert code == 2 and "absent" in stderr
+
+
+@pytest.mark.slow
+def test_an_onnx_file_is_written_run_and_described(tmp_path):
+    pytest.importorskip("onnxruntime")
+    marian_folder(tmp_path / "theirs")
+    code, stdout, stderr = type_in("convert", tmp_path / "theirs", tmp_path / "step.onnx", "--graph", "step", "--dtype", "float32")
+    assert (code, stderr) == (0, "")
+    lines = stdout.splitlines()
+    assert lines[0] == f"read     {tmp_path / 'theirs'}"
+    assert lines[1].startswith(f"wrote    {tmp_path / 'step.onnx'} (ONNX, opset 20, ")
+    assert "input    ids (batch, targets)" in lines and lines[-1].startswith("checked  in onnxruntime ")
+    code, _, stderr = type_in("convert", tmp_path / "theirs", tmp_path / "step.onnx")
+    assert code == 2 and "exists already" in stderr
+
+
+def test_flags_that_an_onnx_file_has_no_use_for_are_refused(tmp_path):
+    code, _, stderr = type_in("convert", "g2p-small", tmp_path / "model.onnx", "--to", "torch")
+    assert code == 2 and "--to has nothing to say of" in stderr
+    code, _, stderr = type_in("convert", "g2p-small", tmp_path / "folder", "--graph", "step")
+    assert code == 2 and "--graph is of an ONNX file" in stderr

@@ -3,7 +3,6 @@
 Tiny random models, nothing is downloaded. n, m, heads and widths differ; some sources are padded.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,128 +13,32 @@ from torch import Tensor, nn
 from crossattention import record_attention
 from crossattention.interop.rows import WeightRows
 from crossattention.maps import Alignment, Argmax, Entropy, Highlight, Rows, TopK
+from huggingface_models import (
+    MASK,
+    SOURCE,
+    M,
+    N,
+    Run,
+    bart,
+    bert,
+    eager_of,
+    marian,
+    pegasus,
+    perceiver,
+    read_inputs,
+    read_sound,
+    read_states,
+    read_text,
+    t5,
+    t5gemma,
+    trocr,
+    whisper,
+)
 from tolerances import assert_close
 
 transformers = pytest.importorskip("transformers")
 
-N, M = 5, 7
 WHOLE = Rows(range(N))
-SOURCE, TARGET = (torch.randint(4, 30, (2, length), generator=torch.Generator().manual_seed(0)) for length in (M, N))
-MASK = torch.arange(M) < torch.tensor([[M], [4]])
-SIZES: dict[str, Any] = {
-    "vocab_size": 30,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 64,
-}
-Run = Callable[..., Any]
-
-
-def bart(**changes: Any) -> nn.Module:
-    return transformers.BartForConditionalGeneration(transformers.BartConfig(**SIZES, init_std=0.3, **changes))
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=3, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def marian() -> nn.Module:
-    return transformers.MarianMTModel(transformers.MarianConfig(**SIZES, pad_token_id=0, decoder_start_token_id=0))
-
-
-def pegasus() -> nn.Module:
-    return transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**SIZES))
-
-
-def bert() -> nn.Module:
-    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    both = [transformers.BertConfig(**sizes), transformers.BertConfig(**sizes)]
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*both)
-    config.decoder_start_token_id, config.pad_token_id = 1, 0
-    return transformers.EncoderDecoderModel(config=config)
-
-
-def t5gemma() -> nn.Module:
-    """Two heads for four of queries; it has eager attention only, with capped scores."""
-    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 8}
-    config = transformers.T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes, cross_attention_hidden_size=16))
-    return transformers.T5GemmaForConditionalGeneration(config)
-
-
-def read_text(model: nn.Module, **options: Any) -> Any:
-    return model(input_ids=SOURCE, attention_mask=MASK.long(), decoder_input_ids=TARGET, **options)
-
-
-def whisper() -> nn.Module:
-    sizes = {name: size for name, size in SIZES.items() if name != "max_position_embeddings"}
-    config = transformers.WhisperConfig(
-        **sizes,
-        num_mel_bins=8,
-        max_source_positions=10,
-        max_target_positions=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    return transformers.WhisperForConditionalGeneration(config)
-
-
-def read_sound(model: nn.Module, **options: Any) -> Any:
-    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
-    return model(input_features=sound, decoder_input_ids=TARGET, **options)
-
-
-def trocr() -> nn.Module:
-    sizes = {
-        name: SIZES[name] for name in ("vocab_size", "d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim")
-    }
-    return transformers.TrOCRForCausalLM(
-        transformers.TrOCRConfig(**sizes, max_position_embeddings=32, cross_attention_hidden_size=12)
-    )
-
-
-def read_states(model: nn.Module, **options: Any) -> Any:
-    states = torch.randn(2, M, 12, generator=torch.Generator().manual_seed(0))
-    return model(input_ids=TARGET, encoder_hidden_states=states, encoder_attention_mask=MASK.long(), **options)
-
-
-def perceiver() -> nn.Module:
-    config = transformers.PerceiverConfig(
-        num_latents=N,
-        d_latents=16,
-        d_model=12,
-        num_blocks=1,
-        num_self_attends_per_block=2,
-        num_self_attention_heads=4,
-        num_cross_attention_heads=2,
-        qk_channels=8,
-        v_channels=16,
-    )
-    return transformers.PerceiverModel(config)
-
-
-def read_inputs(model: nn.Module, **options: Any) -> Any:
-    inputs = torch.randn(2, M, 12, generator=torch.Generator().manual_seed(0))
-    return model(inputs=inputs, attention_mask=MASK, **options)
-
-
-def eager_of(model: nn.Module) -> nn.Module:
-    """A copy that returns its weights."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    return eager
-
-
 FAMILIES = [
     (bart, read_text),
     *(

@@ -442,7 +442,7 @@ def test_bad_calls_are_refused_as_the_layer_refuses_them():
         attention_map(layer, a, b[..., :3], asked)
     with pytest.raises(ValueError, match=r"attn_mask of shape \(3, 7\) does not broadcast"):
         attention_map(layer, a, b, asked, attn_mask=mask.new_ones(3, M))
-    with pytest.raises(TypeError, match="queries must be a tensor"):
+    with pytest.raises(TypeError, match=r"queries\[0\] must be a tensor"):
         attention_map(layer, [1.0], b, asked)
     with torch.no_grad():
         layer.k_proj.weight.mul_(2)

@@ -88,6 +88,7 @@ def stopping_at(step, at):
     return stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step for step in STEPS if step not in ("counts", "done")])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_stopped_build_goes_on_to_the_same_bytes(step, at, corpus, tmp_path, monkeypatch):
@@ -173,3 +174,22 @@ def test_copies_are_reported_and_passed_over(made):
     assert kept.runs.max() <= 4 and kept.ids.shape == (database.num_chunks, 2)
     overlap = database.overlap(Chunks(chunks.tokens, chunks.lengths, chunks.num_bytes))
     assert overlap.max() == 1.0
+
+
+def test_a_database_in_its_own_corpus_is_no_part_of_it(tmp_path):
+    corpus = write_corpus(tmp_path / "words", files=2)
+    for _ in range(2):
+        done = build(corpus / "db", [corpus], settings=SETTINGS, embedder=embedder())
+        assert done.database.num_documents == 6
+    assert done.added_documents == 0
+
+
+def test_more_neighbours_than_there_are_chunks_are_none(made):
+    database = made.database
+    database.use_embedder(embedder())
+    total = database.num_chunks
+    found = database.retrieve(database.chunks(slice(0, 2)), total + 5, exclude_document=0)
+    own = len(database.document_chunks(0))
+    assert ((found.ids >= 0).sum(1) == total - own).all() and (found.ids[:, total - own :] == -1).all()
+    copies = database.retrieve(database.chunks(slice(0, 2)), total, longest_run=0)
+    assert copies.runs.max() == 0

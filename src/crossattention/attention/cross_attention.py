@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,14 @@ from crossattention.attention.prepared import (
     PreparedQueries,
     Stamp,
     fingerprint,
+    watch_gathered,
 )
 from crossattention.attention.products import is_traced, is_transformed
+from crossattention.attention.ragged import PreparedRagged, attend_ragged, contexts_of, forward_ragged, prepare_ragged
 from crossattention.attention.score_rows import ScoreRows
+from crossattention.attention.sequences import Rows, Sequences, is_ragged
+from crossattention.attention.sequences import check_is_tensor as check_is_tensor
+from crossattention.attention.sharded import PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
@@ -379,27 +384,29 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        a: Tensor,
-        b: Tensor,
+        a: Tensor | Sequence[Tensor],
+        b: Tensor | Sequence[Tensor],
         *,
-        context_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        query_positions: Tensor | None = None,
-        context_positions: Tensor | None = None,
-    ) -> Tensor:
+        context_mask: Rows | None = None,
+        attn_mask: Rows | None = None,
+        query_positions: Rows | None = None,
+        context_positions: Rows | None = None,
+    ) -> Tensor | list[Tensor]:
         """Let every query of A read B: `attend(a, prepare(b, query_length=n, uses=1))` by the same plan.
 
         Args:
             a: queries (z, n, a); or learned queries (n, a), projected once for the whole batch; or (z, r, n, a), r sequences that
-                read one B.
-            b: context (z, m, b); any length m, also 0.
+                read one B; or, of unlike lengths, a list of z tensors (n, a) or a jagged nested tensor.
+            b: context (z, m, b); any length m, also 0; or a list of z tensors (m, b) or a jagged nested tensor. Masks and
+                positions of what is ragged come as lists too, one tensor an item (docs/any_size.md).
             context_mask: bool (z, m), True = may be attended.
             attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
             query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
             context_positions: integers (m,) or (z, m), for a position part; default 0, 1, ...
 
         Returns:
-            (z, n, o), or (z, r, n, o). A query that may attend nothing gets the output bias.
+            (z, n, o), or (z, r, n, o); a list where A is a list, jagged where A is jagged. A query that may attend nothing gets the
+            output bias.
 
         Raises:
             ValueError: wrong widths, batches, dtypes or mask shapes; NaN or +inf in a mask; positions without a position part.
@@ -407,8 +414,24 @@ class CrossAttention(nn.Module):
 
         Cost: see `plan_for`.
         """
+        of_context = {"context_mask": context_mask, "context_positions": context_positions}
+        if is_ragged(a) or is_ragged(b):
+            return forward_ragged(self, a, b, attn_mask=attn_mask, query_positions=query_positions, **of_context)
         check_is_tensor("queries", a)
+        assert isinstance(a, Tensor)
+        if is_sharded(b):
+            prepared = self.prepare(
+                b,
+                context_mask=context_mask,
+                query_length=a.shape[-2],
+                repeats=a.shape[1] if a.dim() == 4 else None,
+                uses=1,
+                shares_queries=a.dim() == 2,
+                context_positions=context_positions,
+            )
+            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
         check_is_tensor("context", b)
+        assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
         self._check_tensor("queries", a)
         plan = self._plan_of(b, a.shape[-2], a.shape[1] if a.dim() == 4 else None, 1, shares_queries=a.dim() == 2)
@@ -417,31 +440,33 @@ class CrossAttention(nn.Module):
 
     def prepare(
         self,
-        b: Tensor,
+        b: Rows,
         *,
-        context_mask: Tensor | None = None,
+        context_mask: Rows | None = None,
         query_length: int | None = None,
         repeats: int | None = None,
         uses: int | None = None,
         shares_queries: bool = False,
-        context_positions: Tensor | None = None,
+        context_positions: Rows | None = None,
         plan: Plan | None = None,
-    ) -> PreparedContext:
+    ) -> PreparedContext | PreparedRagged | PreparedShard:
         """Make of B, once, what `attend` reads any number of times: the cross-attention key-value cache, as a value.
 
         Args:
-            b: context (z, m, b).
-            context_mask: bool (z, m), True = may be attended. It belongs to the prepared context.
+            b: context (z, m, b); or, of unlike lengths, a list of z tensors (m, b) or a jagged nested tensor.
+            context_mask: bool (z, m), True = may be attended; of a ragged context a list with one (m,) an item, or jagged. It
+                belongs to the prepared context.
             query_length: hint for the planner: n of each read.
             repeats: hint: r of each read, where queries come as (z, r, n, a).
             uses: hint: how many reads there will be. Without any hint the textbook's keys and values are made; with some, the
                 others count as 1.
             shares_queries: hint: each read has learned queries (n, a), projected once for the whole batch.
-            context_positions: integers (m,) or (z, m), for a position part.
+            context_positions: integers (m,) or (z, m), for a position part; of a ragged context a list, and each item counts from 0
+                by default.
             plan: prepare by this one, whatever the layer's is.
 
         Returns:
-            The prepared context. It is refused after the weights that made it changed.
+            The prepared context; `PreparedRagged` of a ragged one. It is refused after the weights that made it changed.
 
         Raises:
             ValueError: wrong width, dtype or mask shape.
@@ -456,16 +481,30 @@ class CrossAttention(nn.Module):
             >>> layer.attend(torch.randn(2, 3, 1, 48), prepared).shape  # 3 beams read one context
             torch.Size([2, 3, 1, 48])
         """
-        check_is_tensor("context", b)
-        self._check_context(tuple(b.shape))
+        ragged: Sequences | None = None
+        if is_ragged(b):
+            ragged, b = contexts_of(self, b)
         for name, hint in (("query_length", query_length), ("repeats", repeats), ("uses", uses)):
             lowest = 0 if name == "query_length" else 1
             if hint is not None and hint < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {hint}")
+        if plan is not None and not plan.is_textbook and not torch.compiler.is_compiling():
+            refuse_illegal(plan, self.forbidden())
+        if is_sharded(b):
+            hints: dict[str, Any] = {
+                "query_length": query_length,
+                "repeats": repeats,
+                "uses": uses,
+                "shares_queries": shares_queries,
+            }
+            return prepare_shard(self, b, context_mask, context_positions, plan, **hints)
+        check_is_tensor("context", b)
+        assert isinstance(b, Tensor)
+        self._check_context(tuple(b.shape))
         if plan is None:
             plan = self._plan_of(b, query_length, repeats, uses, shares_queries)
-        elif not plan.is_textbook and not torch.compiler.is_compiling():
-            refuse_illegal(plan, self.forbidden())
+        if ragged is not None:
+            return prepare_ragged(self, ragged, context_mask, context_positions, plan)
         return self._prepare(b, context_mask, context_positions, plan, stamped=True, uses=uses or 1)
 
     def extend(
@@ -499,6 +538,12 @@ class CrossAttention(nn.Module):
             >>> prepared.context_length
             10
         """
+        if isinstance(prepared, PreparedRagged):
+            raise TypeError("extend takes a dense prepared context, not a ragged one; prepare the longer sequences again")
+        if isinstance(prepared, PreparedShard):
+            raise TypeError(
+                "a sharded context cannot be extended: what follows its end would all lie in the last process; prepare it whole"
+            )
         if not isinstance(prepared, PreparedContext):
             raise TypeError(
                 f"extend expects what this layer's prepare returned, got {type(prepared).__name__}; call prepare(b) first"
@@ -588,27 +633,29 @@ class CrossAttention(nn.Module):
 
     def attend(
         self,
-        a: Tensor | PreparedQueries,
-        prepared: PreparedContext,
+        a: Rows | PreparedQueries,
+        prepared: PreparedContext | PreparedRagged | PreparedShard,
         *,
-        attn_mask: Tensor | None = None,
-        query_positions: Tensor | None = None,
+        attn_mask: Rows | None = None,
+        query_positions: Rows | None = None,
         context_mask: None = None,
-    ) -> Tensor:
+    ) -> Rows:
         """Let every query read the prepared context.
 
         out[z, n] = sum over heads of softmax(A Wq Wk^T B^T scale) B Wv Wo, evaluated in the order that `prepared` was made for.
 
         Args:
             a: queries (z, n, a), learned queries (n, a), or (z, r, n, a): r beams or samples that read one context without a copy
-                of it or of its projections; or what `prepare_queries` made of queries, in the space of this context's plan.
+                of it or of its projections; or what `prepare_queries` made of queries, in the space of this context's plan; or, of
+                unlike lengths, a list of z tensors (n, a) or a jagged nested tensor.
             prepared: result of this layer's `prepare`. Not changed.
             attn_mask: bool, or floating and added to the scaled scores; broadcasts to (z, h, n, m), or (z, r, h, n, m).
             query_positions: integers (n,) or (z, n), for a position part; default 0, 1, ...
             context_mask: not taken here: it belongs to `prepare`.
 
         Returns:
-            (z, n, o), or (z, r, n, o). A query that may attend nothing gets the output bias.
+            (z, n, o), or (z, r, n, o); a list where A is a list, jagged where A is jagged. A query that may attend nothing gets the
+            output bias.
 
         Raises:
             ValueError: width or batch of the queries is wrong; another layer prepared the context, or weights changed since; a
@@ -618,9 +665,9 @@ class CrossAttention(nn.Module):
         Cost: n m (k + v) multiply-adds a head in the "head" spaces; see `plan_for`.
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
-            assert isinstance(a, Tensor)
+            assert isinstance(a, Tensor) and isinstance(prepared, PreparedContext)
             return execute.attend_plainly(self, a, prepared.keys, prepared.values)
-        if not isinstance(prepared, PreparedContext):
+        if not isinstance(prepared, PreparedContext | PreparedRagged | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
                 "layer(a, b), or layer.attend(a, layer.prepare(b))"
@@ -630,11 +677,19 @@ class CrossAttention(nn.Module):
                 "context_mask belongs to the prepared context and would be ignored here; pass it to prepare(b, context_mask=...), "
                 "or mask single pairs with attn_mask"
             )
-        self._check_attendable(a, prepared)
+        if isinstance(prepared, PreparedShard):
+            if is_ragged(a):
+                raise TypeError("queries of unlike lengths cannot read a sharded context; pad them to one length, or go one by one")
+        elif isinstance(prepared, PreparedRagged) or is_ragged(a):
+            return attend_ragged(self, a, prepared, attn_mask, query_positions)
+        assert isinstance(a, Tensor | PreparedQueries)
         if isinstance(a, PreparedQueries) and query_positions is not None:
             raise ValueError(
                 "query_positions were passed but prepared queries have none to place; attend with the queries themselves"
             )
+        if isinstance(prepared, PreparedShard):
+            return attend_shard(self, a, prepared, attn_mask, query_positions)
+        self._check_attendable(a, prepared)
         return self._attend(a, prepared, attn_mask, query_positions)
 
     def _prepare(
@@ -663,6 +718,7 @@ class CrossAttention(nn.Module):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED
         if stamped and not torch.compiler.is_compiling():
+            watch_gathered(self)
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 
@@ -684,7 +740,7 @@ class CrossAttention(nn.Module):
         out = execute.execute(self, prepared.plan, queries, keys, prepared.values, mask, dropout)
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
 
-    def _joins_key_bias(self, prepared: PreparedContext) -> bool:
+    def _joins_key_bias(self, prepared: PreparedContext | PreparedRagged) -> bool:
         """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained."""
         bias = prepared.key_bias
         is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -705,7 +761,7 @@ class CrossAttention(nn.Module):
             and not torch.is_autocast_enabled(a.device.type)
         )
 
-    def _is_plain_step(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
+    def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
         """Whether the textbook's products are all that is asked for and nothing is wrong.
 
         Decode steps are so short that questions show in them: these take the place of the checks that name what is wrong; those
@@ -881,7 +937,7 @@ class CrossAttention(nn.Module):
         named = _named_weights("q_proj", self.q_proj) + _named_weights("qk_norm", self.qk_norm)
         return named + _named_weights("k_proj", self.k_proj) if space == "context" else named
 
-    def _check_queries(self, a: PreparedQueries, prepared: PreparedContext) -> None:
+    def _check_queries(self, a: PreparedQueries, prepared: PreparedContext | PreparedRagged) -> None:
         """Whether these prepared queries are this layer's, up to date, and in the space of this prepared context."""
         if torch.compiler.is_compiling():
             return
@@ -901,7 +957,7 @@ class CrossAttention(nn.Module):
                 f"these prepared queries are out of date: {', '.join(changed)} changed since prepare_queries; call it again"
             )
 
-    def _check_attendable(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> None:
+    def _check_attendable(self, a: Tensor | PreparedQueries, prepared: PreparedContext | PreparedRagged) -> None:
         """Whether these queries may read this prepared context."""
         self._check_prepared(prepared)
         if isinstance(a, PreparedQueries):
@@ -911,7 +967,7 @@ class CrossAttention(nn.Module):
             type(a) is Tensor
             and a.dim() == 3
             and a.shape[2] == self.query_dim
-            and a.shape[0] == prepared.keys.shape[0]
+            and a.shape[0] == prepared.batch
             and weight is not None
             and a.dtype == weight.dtype == prepared.keys.dtype == prepared.values.dtype
             and a.device == weight.device
@@ -921,6 +977,10 @@ class CrossAttention(nn.Module):
         assert isinstance(a, Tensor)
         self._check_shapes(tuple(a.shape), (prepared.batch, prepared.context_length, self.context_dim))
         self._check_tensor("queries", a)
+        self._check_dtype(a, prepared)
+
+    def _check_dtype(self, a: Tensor, prepared: PreparedContext | PreparedRagged) -> None:
+        """Whether queries have the dtype that the context was prepared in."""
         made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)
         if made is not None and not torch.is_autocast_enabled(a.device.type):
             raise ValueError(
@@ -928,7 +988,7 @@ class CrossAttention(nn.Module):
                 "torch.autocast that prepare ran under, or prepare again outside of it"
             )
 
-    def _check_prepared(self, prepared: PreparedContext) -> None:
+    def _check_prepared(self, prepared: PreparedContext | PreparedRagged) -> None:
         if torch.compiler.is_compiling() or prepared.stamp.owner is None:
             return
         if prepared.stamp.owner != self._token:
@@ -945,7 +1005,7 @@ class CrossAttention(nn.Module):
                 "loading, moving, copying or an edit in place); call prepare(b) again"
             )
 
-    def _is_fresh_cache(self, prepared: PreparedContext) -> bool:
+    def _is_fresh_cache(self, prepared: PreparedContext | PreparedRagged) -> bool:
         """Whether plain key and value projections are what they were: what decode steps ask, without lists of names."""
         if self.qk_norm is not None or self.positions is not None or (prepared.plan is not TEXTBOOK and prepared.plan != TEXTBOOK):
             return False
@@ -1054,17 +1114,6 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
-
-
-def check_is_tensor(name: str, value: object) -> None:
-    """Refuse what is no dense tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor (batch, length, width), got {type(value).__name__}")
-    if value.is_nested:
-        raise TypeError(
-            f"{name} must be a dense tensor, got a nested one; pad it with nested.to_padded_tensor(0.0) and say in "
-            "context_mask what is real"
-        )
 
 
 def head_widths(

@@ -65,7 +65,7 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     keys = _rounded(_by_head(keys_zmgk, weight), b)
     if layer.q_proj.bias is None:
         return keys, None
-    keys_zmgk = _unrounded(keys_zmgk)
+    keys_zmgk = unrounded(keys_zmgk)
     with torch.autocast(b.device.type, enabled=False):  # an extra score, and scores are float32 numbers
         bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
         key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
@@ -238,7 +238,7 @@ def attend_heads(
     if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         if kernel == "fused" or torch.compiler.is_exporting():
             out = attend_fused(queries, keys, values, mask, scale)
-            return (_unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(queries.dtype)), mask.live
+            return (unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(queries.dtype)), mask.live
         if not is_transformed():
             with torch.autocast(queries.device.type, enabled=False):
                 return attend_blocks(queries, keys, values, mask.tensor, mask.live, scale, sums_heads), mask.live
@@ -353,7 +353,7 @@ def _explicit_values(weights: Tensor, values: Tensor, sums_heads: bool) -> Tenso
             joined = across.reshape(z, heads * m, n).transpose(1, 2)
         else:
             joined = weights.transpose(1, 2).reshape(z, n, heads * m)
-        return batched(joined, _unrounded(values).flatten(1, 2).transpose(1, 2)).unsqueeze(1)
+        return batched(joined, unrounded(values).flatten(1, 2).transpose(1, 2)).unsqueeze(1)
     groups, width = values.shape[1], values.shape[3]
     grouped = weights.to(values.dtype).reshape(z * groups, heads // groups * n, m)
     return batched(grouped, values.flatten(0, 1).transpose(1, 2)).view(z, heads, n, width)
@@ -370,7 +370,7 @@ def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (queries.shape[2] == 0 or keys.shape[2] == 0)
 
 
-def _unrounded(tensor: Tensor) -> Tensor:
+def unrounded(tensor: Tensor) -> Tensor:
     """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
@@ -399,8 +399,8 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
             summed = summed.add_(bias.to(summed.dtype)) if is_ours else summed + bias.to(summed.dtype)
         return summed.to(dtype)
     if space == "context":
-        weight = _unrounded(layer.v_proj.weight).view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
-        read = _by_group(_unrounded(read), weight)
+        weight = unrounded(layer.v_proj.weight).view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
+        read = _by_group(unrounded(read), weight)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
         read = read.to(dtype)

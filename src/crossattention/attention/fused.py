@@ -39,7 +39,7 @@ def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask,
 
 
 def _fits_as_it_is(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask) -> bool:
-    """Whether the kernel takes all of it at once; asked first, as with two queries the questions below cost as much as the kernel."""
+    """Whether the kernel takes all of it at once; asked first, as the questions below cost as much as a kernel on two queries."""
     return (
         mask.tensor is None
         and mask.live is None
@@ -63,8 +63,8 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale:
     if share > 1:
         length = queries.shape[2]
         queries = queries.unflatten(1, (groups, share)).flatten(2, 3)
-        tensor = None if tensor is None else _fold_mask(tensor, groups, share, length)
-    keys, values = _spread(keys, groups), _spread(values, groups)
+        tensor = None if tensor is None else fold_mask(tensor, groups, share, length)
+    keys, values = spread(keys, groups), spread(values, groups)
     if tensor is None and _is_shared_in_a_graph(queries, keys, values):
         shared: Tensor = torch.ops.crossattention.attend_shared.default(queries, keys, values, scale)
         out = shared.transpose(1, 2)
@@ -95,7 +95,7 @@ def _trains_in_half_on_cpu(*read: Tensor) -> bool:
     )
 
 
-def _spread(tensor: Tensor, groups: int) -> Tensor:
+def spread(tensor: Tensor, groups: int) -> Tensor:
     """(z, g, m, c) with each head repeated to make `groups`; without a copy where there is one head."""
     if tensor.shape[1] == groups:
         return tensor
@@ -104,7 +104,7 @@ def _spread(tensor: Tensor, groups: int) -> Tensor:
     return tensor.repeat_interleave(groups // tensor.shape[1], 1)
 
 
-def _fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
+def fold_mask(tensor: Tensor, groups: int, share: int, length: int) -> Tensor:
     """A mask of (z, h, n, m) for heads laid into the length: (z, g, s n, m)."""
     if tensor.shape[1] == 1 and tensor.shape[2] == 1:
         return tensor

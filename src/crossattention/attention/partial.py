@@ -118,7 +118,7 @@ class _AttendParts(torch.autograd.Function):
         parts = _as_parts(tensors)
         merged: Partial | None = None
         for part in parts:
-            one = _attend_one(queries, part, scale)
+            one = attend_part(queries, part, scale)
             # Half precision waits in float32: rounded after each of many parts, it would be lost.
             merged = Partial(one.output.to(one.lse.dtype), one.lse) if merged is None else merge_partials((merged, one))
         assert merged is not None
@@ -137,7 +137,7 @@ class _AttendParts(torch.autograd.Function):
         grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
         found: list[Tensor | None] = []
         for part in _as_parts(tensors):
-            one = _backward_one(queries, part, output, lse, grad_output, grad_lse, ctx.scale)
+            one = backward_of_part(queries, part, output, lse, grad_output, grad_lse, ctx.scale)
             grad_queries += one[0]
             found += [one[1], one[2], None]
         return None, grad_queries.to(queries.dtype), *found
@@ -148,10 +148,10 @@ def _as_parts(tensors: Sequence[Tensor | None]) -> list[Part]:
     return [Part(keys, values, mask) for keys, values, mask in triples if keys is not None and values is not None]
 
 
-def _attend_one(queries: Tensor, part: Part, scale: float) -> Partial:
+def attend_part(queries: Tensor, part: Part, scale: float) -> Partial:
     """One part's result: the CPU's flash kernel where it can, else the scores of the part, held."""
     if not _flash_runs(queries, part):
-        scores = _scores(queries, part, scale)
+        scores = scores_of_part(queries, part, scale)
         lse = _row_lse(scores)
         weights = (scores - _finite(lse).unsqueeze(-1)).exp()
         return Partial((weights.to(part.values.dtype) @ part.values), lse)
@@ -167,7 +167,7 @@ def _attend_one(queries: Tensor, part: Part, scale: float) -> Partial:
     return Partial(output[..., : part.values.shape[-1]], lse)
 
 
-def _backward_one(
+def backward_of_part(
     queries: Tensor,
     part: Part,
     output: Tensor,
@@ -198,7 +198,7 @@ def _backward_one(
         widths = (queries.shape[-1], part.keys.shape[-1], part.values.shape[-1])
         dq, dk, dv = (grad[..., :w] for grad, w in zip(grads, widths, strict=True))
         return dq, dk, dv
-    weights = (_scores(queries, part, scale) - _finite(lse).unsqueeze(-1)).exp()
+    weights = (scores_of_part(queries, part, scale) - _finite(lse).unsqueeze(-1)).exp()
     wide = weights.dtype
     delta = (grad_output * output).sum(-1, dtype=wide)
     if grad_lse is not None:
@@ -216,7 +216,7 @@ def _flash_runs(queries: Tensor, part: Part) -> bool:
     return queries.device.type == "cpu" and queries.numel() > 0 and part.keys.numel() > 0 and part.values.numel() > 0
 
 
-def _scores(queries: Tensor, part: Part, scale: float) -> Tensor:
+def scores_of_part(queries: Tensor, part: Part, scale: float) -> Tensor:
     """Masked scores of one part, half precision in float32."""
     wide = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
     scores = (queries.to(wide) * scale) @ part.keys.to(wide).transpose(-1, -2)

@@ -5,6 +5,7 @@ Legend: z batch, n queries, m context length, a width of the queries, h heads, g
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,10 +22,18 @@ from crossattention.plan import Plan
 # here, by the parameter's id, which stays in the table as long as the parameter lives.
 _optimizer_steps: dict[int, int] = {}
 
+# Weights that FSDP gathers before each use lie at another address each time, and no optimizer holds them: it steps their shards,
+# DTensors, whose steps are counted together.
+_gathered: set[int] = set()
+_sharded_steps = 0
+
 
 def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _sharded_steps
     if not _optimizer_steps:
         return
+    if _gathered and any(hasattr(p, "placements") for group in optimizer.param_groups for p in group["params"]):
+        _sharded_steps += 1
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) in _optimizer_steps:
@@ -41,9 +50,22 @@ def watch(tensor: Tensor) -> None:
         weakref.finalize(tensor, _optimizer_steps.pop, id(tensor), None)
 
 
+def watch_gathered(module: nn.Module) -> None:
+    """Know the weights of a module that FSDP (`fully_shard`) shards: they are gathered anew for each call of its methods."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return
+    for parameter in module.parameters():
+        if id(parameter) not in _gathered:
+            _gathered.add(id(parameter))
+            weakref.finalize(parameter, _gathered.discard, id(parameter))
+
+
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor is replaced, moved, or written to by an optimizer, by loading, or in place."""
     key = id(tensor)
+    if _gathered and key in _gathered:
+        return key, -1, -1, tensor.dtype, _sharded_steps
     try:
         return key, tensor._version, tensor.data_ptr(), tensor.dtype, _optimizer_steps.get(key)
     except RuntimeError:  # inference tensors have no version, wrappers have no address

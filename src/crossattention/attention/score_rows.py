@@ -127,7 +127,7 @@ class ScoreRows:
         return weights if self.repeats is None else weights.unflatten(2, (r, n)).transpose(1, 2)
 
     def _keys_of(self, items: slice, heads: slice, *, is_read_again: bool) -> Tensor:
-        """The keys that some heads read; one head's are laid out whole, once, where other rows will follow and they are not too wide.
+        """The keys that some heads read; one head's are laid out whole, once, where other rows follow and they are not too wide.
 
         Wider ones are read where they stand: a third slower at width 256, but a third of the memory (dev/LOG.md).
         """

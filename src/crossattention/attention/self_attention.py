@@ -6,8 +6,10 @@ Legend: z batch, n sequence length, t new positions, d width, h heads, g key-val
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from crossattention.attention.masks import (
     to_score_dtype,
 )
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
-from crossattention.attention.products import project
+from crossattention.attention.products import is_traced, is_transformed, project
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class KeyValueCache:
 
     keys: Tensor
     values: Tensor
+    _room: ClassVar[_Room | None] = None
 
     @property
     def length(self) -> int:
@@ -58,11 +61,79 @@ class KeyValueCache:
         Args:
             rows: integer indices into the batch, (any number,).
         """
-        return KeyValueCache(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        if not _may_share_memory(self.keys, self.values) or not len(rows):
+            return KeyValueCache(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        room = _Room.like(
+            self.keys, self.values, len(rows), self.length + 1
+        )  # where beams are chosen at each step, one will follow
+        for tensor, kept in ((self.keys, room.keys), (self.values, room.values)):
+            torch.index_select(tensor, 0, rows, out=kept[:, :, : self.length])
+        return room.cache(self.length)
 
     def append(self, keys: Tensor, values: Tensor) -> KeyValueCache:
-        """A new cache with more positions at its end."""
-        return KeyValueCache(torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
+        """A new cache with more positions at its end; this one stays as it is.
+
+        Without gradients they are written behind the old ones where there is room that no other cache uses; where there is none,
+        room for half as many again, and at least eight, is made.
+        """
+        start, end = self.length, self.length + keys.shape[2]
+        same = keys.shape[:2] == self.keys.shape[:2] and keys.dtype == self.keys.dtype and values.dtype == self.values.dtype
+        if not same or not _may_share_memory(self.keys, self.values, keys, values):
+            return KeyValueCache(torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
+        room = self._room
+        if room is None or not room.claim(start, end):
+            room = _Room.like(self.keys, self.values, self.keys.shape[0], end + max(8, start // 2))
+            room.write(0, self.keys, self.values)
+        room.write(start, keys, values)
+        return room.cache(end)
+
+    def __reduce__(self) -> tuple[type[KeyValueCache], tuple[Tensor, Tensor]]:
+        return KeyValueCache, (self.keys, self.values)  # a copy has memory of its own
+
+
+class _Room:
+    """Memory for more positions than a cache has, which the next ones are written into; each place is given away once."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self._used, self._lock = keys, values, 0, threading.Lock()
+
+    @classmethod
+    def like(cls, keys: Tensor, values: Tensor, batch: int, length: int) -> _Room:
+        """For `length` positions of keys and values like these."""
+        return cls(*(tensor.new_empty(batch, tensor.shape[1], length, tensor.shape[3]) for tensor in (keys, values)))
+
+    def claim(self, start: int, end: int) -> bool:
+        """Take the places from start to end, if nobody has taken what comes after start and they are there."""
+        with self._lock:
+            is_free = start == self._used and end <= self.keys.shape[2]
+            if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+                is_free = False  # what was made in inference mode may not be written outside of it
+            if is_free:
+                self._used = end
+            return is_free
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Copy keys and values to their places."""
+        self.keys[:, :, start : start + keys.shape[2]] = keys
+        self.values[:, :, start : start + values.shape[2]] = values
+
+    def cache(self, length: int) -> KeyValueCache:
+        """The first positions as a cache that may go on here."""
+        self._used = max(self._used, length)
+        cache = KeyValueCache(self.keys[:, :, :length], self.values[:, :, :length])
+        object.__setattr__(cache, "_room", self)  # no field: what is exported, compared or printed is keys and values
+        return cache
+
+
+def _may_share_memory(*tensors: Tensor) -> bool:
+    """Whether memory may be written that other caches read too: not where gradients, graphs or transforms look on."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_transformed()
+        or is_traced()
+        or any(type(tensor) is not Tensor for tensor in tensors)
+    )
 
 
 torch.export.register_dataclass(KeyValueCache, serialized_type_name="crossattention.KeyValueCache")
@@ -201,7 +272,8 @@ class SelfAttention(nn.Module):
         Raises:
             ValueError: the layer is not causal, wrong width, or a cache of another batch, heads or head widths.
 
-        Cost: projections of t positions; t (length + t)(k + v) multiply-adds a head; one copy of the cache.
+        Cost: projections of t positions; t (length + t)(k + v) multiply-adds a head. With gradients, one copy of
+            the cache; without, one in several steps, and memory for up to half as many positions again.
         """
         if not self.is_causal:
             raise ValueError("step needs SelfAttention(causal=True): without it earlier outputs depend on later positions")

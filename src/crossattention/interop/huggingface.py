@@ -48,7 +48,7 @@ def generation_looks(model: nn.Module) -> Iterator[Look]:
 
 
 def _run(module: nn.Module, listeners: Sequence[Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    given = _bound(type(module), args, kwargs)
+    given = bound_arguments(type(module), args, kwargs)
     contexts = [given.get(name) for name in _context_names(type(module))]
     kind = "cross" if _reads_another(module) or any(context is not None for context in contexts) else "self"
     states = next(value for value in given.values() if isinstance(value, Tensor))
@@ -112,6 +112,6 @@ def _context_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name in CONTEXTS if name in _parameters(kind))
 
 
-def _bound(kind: type[nn.Module], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(kind: type[nn.Module], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name."""
     return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, MemoryAttention, SelfAttention, execute
+from crossattention.attention.ragged import PreparedRagged, ragged_rows
+from crossattention.attention.sequences import is_ragged
 from crossattention.interop.rows import KernelRows
 from crossattention.interop.seats import Look
 
@@ -60,6 +62,11 @@ def _tell(
     query_positions: Tensor | None = None,
     context_mask: None = None,
 ) -> None:
+    if is_ragged(a) or isinstance(prepared, PreparedRagged):  # one call an item
+        for rows in ragged_rows(layer, a, prepared, attn_mask=attn_mask, query_positions=query_positions):
+            for listener in listeners:
+                listener.take(layer, "cross", lambda rows=rows: rows)
+        return
     for listener in listeners:
         listener.take(layer, "cross", lambda: layer.score_rows(a, prepared, attn_mask=attn_mask, query_positions=query_positions))
 

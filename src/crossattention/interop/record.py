@@ -15,6 +15,7 @@ from torch import nn
 from crossattention.interop import diffusers, huggingface, ours, timm, torch_nn
 from crossattention.interop.page import page_of
 from crossattention.interop.recording import Generation, Layer, copied, recorded_of
+from crossattention.interop.running import check_runs_in_python
 from crossattention.interop.seats import Look, Seat, seat_at, unwatch, watch
 from crossattention.maps.compute import check_summaries
 from crossattention.maps.summaries import Highlight, Summary, TopK
@@ -61,7 +62,7 @@ def record_attention(model: nn.Module, summaries: Sequence[Summary] | None = Non
         raise TypeError(f"record_attention expects a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     summaries = (TopK(8), Highlight()) if summaries is None else summaries
     check_summaries(summaries)
-    _check_runs_in_python(model)
+    check_runs_in_python(model, "record")
     return Recording(model, copied(summaries), self_attention)
 
 
@@ -261,18 +262,3 @@ def _why_none(model: nn.Module, others: int) -> str:
         f"{type(model).__name__} has no attention layer that is known here: this library's, torch.nn.MultiheadAttention, and those "
         "of transformers, timm and diffusers are; attention_map(layer, a, b) shows one layer's weights"
     )
-
-
-def _check_runs_in_python(model: nn.Module) -> None:
-    """Refuse what runs without its modules' methods being called."""
-    for name, module in model.named_modules():
-        where = name or "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{where} is scripted, so nobody can look into it; record the model that it was scripted from")
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
-                f"{where} is compiled, so its graph runs without a look; record the model that was compiled (for torch.compile's "
-                "result, its ._orig_mod), and call that one"
-            )
-        if isinstance(module, nn.DataParallel):
-            raise TypeError(f"{where} is a DataParallel, which runs copies of its model; record and call its .module")

@@ -41,13 +41,59 @@ class Look:
     owner: nn.Module
 
 
-class Seat:
+class Stand:
+    """What stands in the place of a method, in its module's own dictionary; a copy of the module, or a pickled one, has the method.
+
+    Args:
+        owner: the module.
+        method: the name of the method.
+    """
+
+    is_retired = False
+    """Whether it only passes calls on, and is left out where what stands on it leaves."""
+
+    def __init__(self, owner: nn.Module, method: str) -> None:
+        self.owner, self.method = owner, method
+        self._before = owner.__dict__.get(method)
+        self._method = getattr(owner, method)
+
+    def _unseated(self, owner: nn.Module) -> Any:
+        """The plain method of the module or of its copy."""
+        before = self._before
+        if isinstance(before, Stand):
+            return before._unseated(owner)
+        if isinstance(before, types.MethodType) and before.__self__ is self.owner:  # as a copy has it
+            return types.MethodType(before.__func__, owner)
+        return types.MethodType(getattr(type(owner), self.method), owner) if before is None else before
+
+    def looked_at_by(self, look: Look) -> Look:
+        """How to look into what stands here, where `look` says how to look into the plain method."""
+        return look
+
+    def _give_back(self) -> None:
+        """Leave the place to what stood there before."""
+        before = self._before
+        while isinstance(before, Stand) and before.is_retired:
+            before = before._before
+        if before is None:
+            del self.owner.__dict__[self.method]
+        else:
+            self.owner.__dict__[self.method] = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._unseated(memo.get(id(self.owner), self.owner))
+
+    def __reduce__(self) -> Any:
+        return _same, (self._unseated(self.owner),)
+
+
+class Seat(Stand):
     """A method that tells listeners of its calls; it can be copied with its module, and the copy is the plain method."""
 
     def __init__(self, look: Look) -> None:
-        self._look, self._before = look, look.owner.__dict__.get(look.method)
-        self._method = getattr(look.owner, look.method)
-        functools.update_wrapper(self, self._method)
+        super().__init__(look.owner, look.method)
+        self._look = look
+        functools.update_wrapper(self, self._method, updated=())  # the dictionary of what stood here is its own
         self._listeners: list[Listener] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,33 +109,18 @@ class Seat:
         here = threading.get_ident()
         return [listener for listener in everyone if listener.thread == here] or everyone
 
-    def _unseated(self, owner: nn.Module) -> Any:
-        """The plain method of the module or of its copy."""
-        if isinstance(self._before, Seat):
-            return self._before._unseated(owner)
-        return types.MethodType(getattr(type(owner), self._look.method), owner) if self._before is None else self._before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._unseated(memo.get(id(self._look.owner), self._look.owner))
-
-    def __reduce__(self) -> Any:
-        return _same, (self._unseated(self._look.owner),)
-
     def sit(self, listener: Listener) -> None:
         """Tell a listener too."""
         self._listeners = [*self._listeners, listener]
 
     def leave(self, listener: Listener) -> None:
         """Tell it no more; with the last one the method is what it was."""
-        owner, method = self._look.owner, self._look.method
         with _lock:
             self._listeners = [other for other in self._listeners if other is not listener]
-            if self._listeners or owner.__dict__.get(method) is not self:  # whoever replaced it may call it: it only passes on
-                return
-            if self._before is None:
-                del owner.__dict__[method]
-            else:
-                owner.__dict__[method] = self._before
+            if (
+                not self._listeners and self.owner.__dict__.get(self.method) is self
+            ):  # whoever replaced it may call it: it passes on
+                self._give_back()
 
 
 def seat_at(look: Look, listener: Listener) -> Seat:
@@ -97,7 +128,7 @@ def seat_at(look: Look, listener: Listener) -> Seat:
     with _lock:
         seat = look.owner.__dict__.get(look.method)
         if not isinstance(seat, Seat):
-            seat = Seat(look)
+            seat = Seat(seat.looked_at_by(look) if isinstance(seat, Stand) else look)
             look.owner.__dict__[look.method] = seat
         seat.sit(listener)
         return seat

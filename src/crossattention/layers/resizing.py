@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -50,33 +49,52 @@ def resize_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     dtype = images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
     if images.shape[2] != size[0]:
-        tiles = _tiles(images.shape[2], size[0], images.dtype, images.device)
+        tiles = _tiles_of(images.shape[2], size[0], images)
         images = torch.cat([weights @ images[:, :, start:end] for start, end, weights in tiles], 2)
     if images.shape[3] != size[1]:
-        tiles = _tiles(images.shape[3], size[1], images.dtype, images.device)
+        tiles = _tiles_of(images.shape[3], size[1], images)
         images = torch.cat([images[..., start:end] @ weights.T for start, end, weights in tiles], 3)
     return images.to(dtype)
 
 
-@lru_cache(maxsize=64)
-def _tiles(before: int, after: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, int, Tensor]]:
-    """For each `TILE` new pixels of a side: the first of the old ones that they read, the end of these, and the weights."""
+Tile = tuple[int, int, Tensor]
+"""The first of the old pixels that some new ones read, the end of these, and the weights."""
+
+
+def _tiles_of(before: int, after: int, images: Tensor) -> list[Tile]:
+    """The tiles of a side: kept, but made anew inside a graph, whose tensors must not outlive it."""
+    if torch.compiler.is_compiling():
+        return _make_tiles(before, after, images.dtype, images.device)
+    return _kept_tiles(before, after, images.dtype, images.device)
+
+
+def _make_tiles(before: int, after: int, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+    """Of each `TILE` new pixels of a side; in few operators, as a graph holds them all."""
+    points = (2 * torch.arange(after, dtype=torch.float64) + 1) * before / (2 * after) - 0.5
+    read = points.floor()[:, None] + torch.arange(1 - REACH, REACH + 1)
+    weights = torch.zeros(after, before, dtype=torch.float64)
+    weights = weights.scatter_add(1, read.clamp(0, before - 1).long(), _kernel((points[:, None] - read).abs()))
+    weights = weights.to(dtype=dtype, device=device)
     tiles = []
     for first in range(0, after, TILE):
-        points = [(2 * new + 1) * before / (2 * after) - 0.5 for new in range(first, min(first + TILE, after))]
-        start = max(0, math.floor(points[0]) - REACH + 1)
-        end = min(before, math.floor(points[-1]) + REACH + 1)
-        weights = torch.zeros(len(points), end - start, dtype=torch.float64)
-        for row, point in zip(weights, points, strict=True):
-            for old in range(math.floor(point) - REACH + 1, math.floor(point) + REACH + 1):
-                row[min(max(old, 0), before - 1) - start] += _kernel(abs(point - old))
-        tiles.append((start, end, weights.to(dtype=dtype, device=device)))
+        last = min(first + TILE, after) - 1
+        start = max(0, _floor_of_point(first, before, after) - REACH + 1)
+        end = min(before, _floor_of_point(last, before, after) + REACH + 1)
+        tiles.append((start, end, weights[first : last + 1, start:end]))
     return tiles
 
 
-def _kernel(distance: float) -> float:
-    """Weight of a pixel at a distance of up to two pixels."""
+_kept_tiles = lru_cache(maxsize=64)(_make_tiles)
+
+
+def _floor_of_point(new: int, before: int, after: int) -> int:
+    """The old pixel at or before (new + 1/2) before / after - 1/2."""
+    return ((2 * new + 1) * before - after) // (2 * after)
+
+
+def _kernel(distances: Tensor) -> Tensor:
+    """Weights of pixels at distances of up to two pixels."""
     a = SHARPNESS
-    if distance <= 1.0:
-        return ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
-    return ((a * distance - 5.0 * a) * distance + 8.0 * a) * distance - 4.0 * a
+    near = ((a + 2.0) * distances - (a + 3.0)) * distances * distances + 1.0
+    far = ((a * distances - 5.0 * a) * distances + 8.0 * a) * distances - 4.0 * a
+    return torch.where(distances <= 1.0, near, far)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, get_args, overload
 
 import torch
 from torch import Tensor
 
-from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries
-from crossattention.attention.cross_attention import check_is_tensor
+from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries, PreparedShard
+from crossattention.attention.ragged import PreparedRagged, ragged_rows
+from crossattention.attention.sequences import check_is_tensor, is_ragged
+from crossattention.attention.sharded import is_sharded
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
+from crossattention.maps.shards import map_of_shard, mergeable, merged
 from crossattention.maps.summaries import Summary
 
 
@@ -72,7 +76,8 @@ def attention_map(
         layer: the layer whose weights are asked for; or a part around one, as `CrossAttentionBlock`, `AttentionPool` or `Resampler`
             (of which it is the last layer), whose norms are then applied.
         a: queries (z, n, a), learned queries (n, a), or (z, r, n, a); None for a part that has queries of its own.
-        b: context (z, m, b), or what `layer.prepare` made of it; its plan's scores are then used.
+        b: context (z, m, b), or what `layer.prepare` made of it; its plan's scores are then used. A and B may be ragged, as the
+            layer takes them.
         summaries: what to keep in the place of the weights: `TopK`, `Highlight`, `Entropy`, `Argmax`, `Alignment`, `Rows` of
             `crossattention.maps`, or objects of your own with `update(block)` and `result()`. Each works on a copy, so that the
             objects that are passed stay as they are.
@@ -83,7 +88,10 @@ def attention_map(
 
     Returns:
         Without summaries the weights (z, h, n, m), or (z, r, h, n, m); each row sums to one, or is zero where nothing may be
-        attended. With summaries a list with the result of each, without gradients. Never with dropout.
+        attended. With summaries a list with the result of each, without gradients. Never with dropout. Where A or B is ragged, a
+        list with the weights (h, n, m) of each item stands in the place of the weights, and a list with each item's result, without
+        z, in the place of a summary's. Of a sharded context what goes by its positions (the weights, `Highlight`, `Rows`) is
+        sharded like it, and nothing has gradients (docs/scale.md).
 
     Raises:
         ValueError: as `CrossAttention.attend`; a `context_mask` or `context_positions` with an already prepared context; an empty
@@ -114,20 +122,53 @@ def attention_map(
                 "record_attention(model) sees the layers inside a model"
             )
         layer, a, b = layer.reading(a, b)
-    if not isinstance(a, PreparedQueries):
-        check_is_tensor("queries", a)
-    if isinstance(b, PreparedContext):
+    of_context: dict[str, Any] = {"context_mask": context_mask, "context_positions": context_positions}
+    of_queries: dict[str, Any] = {"attn_mask": attn_mask, "query_positions": query_positions}
+    if isinstance(b, PreparedContext | PreparedRagged | PreparedShard):
         for name, given in (("context_mask", context_mask), ("context_positions", context_positions)):
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
-    of_context = {"context_mask": context_mask, "context_positions": context_positions}
-    of_queries = {"attn_mask": attn_mask, "query_positions": query_positions}
+    if is_ragged(a) or is_ragged(b) or isinstance(b, PreparedRagged):
+        return ragged_map(layer, a, b, summaries, **of_context, **of_queries)
+    if not isinstance(a, PreparedQueries):
+        check_is_tensor("queries", a)
+    if is_sharded(b):
+        workers = None if summaries is None else mergeable(summaries)
+        rows, shards = map_of_shard(layer, a, b, **of_context, **of_queries)
+        if workers is None:
+            return shards.along_context(rows.whole(), -1)
+        return merged(summaries, summarise(rows, workers), shards)
     if summaries is not None:
         with torch.no_grad():
             in_turn = all(_heads_of(summary) == "each" for summary in summaries)  # the order that `blocks_of` then takes
             return summarise(layer.score_rows(a, b, **of_context, **of_queries, takes_heads_in_turn=in_turn), summaries)
     prepared = b if isinstance(b, PreparedContext) else layer.prepare(b, query_length=a.shape[-2], uses=1, **of_context)
     return layer.score_map(a, prepared, **of_queries)
+
+
+def ragged_map(layer: CrossAttention, a: Any, b: Any, summaries: Sequence[Summary] | None, **options: Any) -> list[Any]:
+    """The weights of each item of a ragged call, or for each summary a list with what it gives of each item."""
+    if summaries is None:
+        return [weights_of(rows) for rows in ragged_rows(layer, a, b, **options)]
+    with torch.no_grad():
+        by_item = [summarise(rows, summaries) for rows in ragged_rows(layer, a, b, **options)]
+    return [[_of_one_item(results[place]) for results in by_item] for place in range(len(summaries))]
+
+
+def weights_of(rows: MapRows) -> Tensor:
+    """All rows of one item, without its dimension z."""
+    _, r, h, n, _ = rows.sizes
+    return rows.weights(slice(0, 1), slice(0, r), slice(0, h), slice(0, n))[0]
+
+
+def _of_one_item(result: Any) -> Any:
+    """A summary's result of a batch of one without the dimension z; one that is no tensor and holds none as it is."""
+    if isinstance(result, Tensor):
+        return result[0]
+    if is_dataclass(result) and not isinstance(result, type):
+        held = {field.name: getattr(result, field.name) for field in fields(result)}
+        return replace(result, **{name: value[0] for name, value in held.items() if isinstance(value, Tensor)})
+    return result
 
 
 def summarise(rows: MapRows, summaries: Sequence[Summary]) -> list[Any]:

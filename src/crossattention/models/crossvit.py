@@ -451,7 +451,7 @@ class CrossViT(Pretrained, nn.Module):
         for branch, embedding in enumerate(self.embeddings):
             positions = self.positions[branch]
             seen = resize_bicubic(images, self.config.branch_sizes[branch])
-            class_tokens.append((self.class_tokens[branch] + positions[:, :1]).expand(len(images), -1, -1))
+            class_tokens.append((self.class_tokens[branch] + positions[:, :1]).expand(images.shape[0], -1, -1))
             patches.append(embedding(seen) + positions[:, 1:])
         for encoder in self.encoders:
             class_tokens, patches = encoder(class_tokens, patches)

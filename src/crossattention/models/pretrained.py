@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from crossattention.attention.graphs import Graph
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 """Version of the folder's layout; a folder of a later version is refused."""
@@ -55,6 +57,24 @@ class Pretrained:
     family: ClassVar[str]
     config_class: ClassVar[type]
     config: Any
+
+    def graphs(self: Any) -> dict[str, Graph]:
+        """What of the model stands alone as a graph of plain tensors, for an exporter: name -> module, examples, names of axes.
+
+        Returns:
+            "forward" first; of models that generate also "encode", "prepare" and "step" (`models.graphs` says what they take).
+
+        Raises:
+            ValueError: a model of which none is known.
+
+        Example:
+            >>> from crossattention import load
+            >>> list(load("g2p-small").graphs())
+            ['forward', 'encode', 'prepare', 'step']
+        """
+        from crossattention.models.graphs import graphs_of
+
+        return graphs_of(self)
 
     def save_pretrained(self: Any, folder: str | Path) -> Path:
         """Write the model as a folder that `from_pretrained` and `load` read.

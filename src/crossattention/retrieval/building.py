@@ -19,6 +19,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,7 @@ class _Build:
         listing = list_sources(
             folders,
             pattern=settings["pattern"],
+            without=self.path,
             known=known,
             on_progress=lambda done, total: self.on_progress("list", done, total),
         )
@@ -398,12 +400,9 @@ class _Build:
         shapes = {"tokens": (token, (length,)), "lengths": ("<u2", ()), "bytes": ("<u4", ()), "documents": ("<i4", ())}
         shapes |= {"document_ends": ("<i8", ()), "document_groups": ("<u8", ()), "name_ends": ("<i8", ()), "names": ("|u1", ())}
         shapes |= {"sources": ("|u1", ())}
-        writers = {name: self._writer(name, *shape, facts) for name, shape in shapes.items()}
-        try:
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(self._writer(name, *shape, facts)) for name, shape in shapes.items()}
             _TokenStep(self, writers).run()
-        finally:
-            for writer in writers.values():
-                writer.close()
         if not self._rows("tokens"):
             named = "; ".join(self.building["problems"]["named"][:5])
             raise ValueError(f"the corpus holds no text that becomes tokens{': ' + named if named else ''}")
@@ -414,10 +413,10 @@ class _Build:
         if self.embedder is None:
             config, total = NgramConfig(), self._rows("tokens")
             counts, num_chunks = count_chunks(self._blocks("counts", 0, total, 1 << 14), config)
-            writer = self._writer("counts", "<i8", (), {"tokenizer": self.state["tokenizer"]["sha256"]}, anew=True)
-            writer.append(counts)
-            self._count(writer, "counts")
-            writer.close()
+            facts = {"tokenizer": self.state["tokenizer"]["sha256"]}
+            with self._writer("counts", "<i8", (), facts, anew=True) as writer:
+                writer.append(counts)
+                self._count(writer, "counts")
             embedder: Embedder = NgramEmbedder(counts, num_chunks, config)
         else:
             embedder = self.embedder
@@ -429,20 +428,21 @@ class _Build:
         embedder = self.embedder or stored_ngrams(self.path, self.state)
         dim, total = self.state["embedder"]["dim"], self._rows("tokens")
         facts = {"tokenizer": self.state["tokenizer"]["sha256"], "embedder": self.state["embedder"]["sha256"]}
-        writer = self._writer("embeddings", "<f2", (dim,), facts)
         tokenizer = load_tokenizer(self.path / TOKENIZER_FILE)
-        for tokens, lengths in self._blocks("embeddings", writer.rows, total, EMBED_ROWS):
-            chunks = Chunks(tokens, lengths, np.zeros(len(tokens), np.int64))
-            found = check_embeddings(embedder(ChunkTexts(chunks, tokenizer)), len(tokens), dim)
-            if np.abs(found).max(initial=0.0) > np.finfo(np.float16).max:
-                raise ValueError(f"the embedder gave {np.abs(found).max()}, more than float16 holds (65,504): scale its vectors")
-            writer.append(found.astype(np.float16))
-            if writer.rows - writer.extent.rows >= COMMIT_ROWS:
-                self._count(writer, "embeddings")
-                self._save()
-        self._count(writer, "embeddings")
-        self._save()
-        writer.close()
+        with self._writer("embeddings", "<f2", (dim,), facts) as writer:
+            for tokens, lengths in self._blocks("embeddings", writer.rows, total, EMBED_ROWS):
+                chunks = Chunks(tokens, lengths, np.zeros(len(tokens), np.int64))
+                found = check_embeddings(embedder(ChunkTexts(chunks, tokenizer)), len(tokens), dim)
+                if np.abs(found).max(initial=0.0) > np.finfo(np.float16).max:
+                    raise ValueError(
+                        f"the embedder gave {np.abs(found).max()}, more than float16 holds (65,504): scale its vectors"
+                    )
+                writer.append(found.astype(np.float16))
+                if writer.rows - writer.extent.rows >= COMMIT_ROWS:
+                    self._count(writer, "embeddings")
+                    self._save()
+            self._count(writer, "embeddings")
+            self._save()
 
     def _index(self) -> None:
         total, index = self._rows("tokens"), self.state.get("index", {"kind": "exact"})
@@ -491,7 +491,8 @@ class _Build:
             self._save()
         if k == 0:
             return
-        _TableStep(self, old).run()
+        with ExitStack() as stack:
+            _TableStep(self, old, stack).run()
 
     # ------------------------------------------------------------------------------------------------------ files
 
@@ -645,7 +646,7 @@ class _TokenStep:
 class _TableStep:
     """The neighbours of all chunks."""
 
-    def __init__(self, owner: _Build, old: dict[str, Any]) -> None:
+    def __init__(self, owner: _Build, old: dict[str, Any], stack: ExitStack) -> None:
         self.owner = owner
         state, path = owner.state, owner.path
         self.search: Search = searcher_of(path, state)
@@ -658,7 +659,9 @@ class _TableStep:
         facts = {"embedder": state["embedder"]["sha256"], "generation": generation}
         dtypes = {"ids": "<i4" if self.total < 2**31 else "<i8", "distances": "<f4", "runs": "<u2"}
         self.writers = {
-            part: owner._writer(f"neighbours_{part}", dtype, (self.k,), facts, file=f"neighbours-{generation}-{part}.bin")
+            part: stack.enter_context(
+                owner._writer(f"neighbours_{part}", dtype, (self.k,), facts, file=f"neighbours-{generation}-{part}.bin")
+            )
             for part, dtype in dtypes.items()
         }
 
@@ -688,8 +691,6 @@ class _TableStep:
                     owner._count(writer, f"neighbours_{part}")
                 owner._save()
             owner.on_progress("neighbours", begin, self.total)
-        for writer in self.writers.values():
-            writer.close()
 
     def merged(self, rows: np.ndarray, queries: np.ndarray, exclusion: Any) -> tuple[np.ndarray, np.ndarray]:
         """The table's neighbours of chunks that it holds, and those nearer among what was added."""

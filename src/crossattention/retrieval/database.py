@@ -401,8 +401,8 @@ class Database:
         embeddings: np.ndarray,
         k: int,
         *,
-        exclude_document: np.ndarray | None = None,
-        exclude_group: np.ndarray | None = None,
+        exclude_document: np.ndarray | int | None = None,
+        exclude_group: np.ndarray | int | None = None,
         exclude: np.ndarray | None = None,
         probes: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -411,7 +411,7 @@ class Database:
         Args:
             embeddings: (q, d).
             k: how many.
-            exclude_document: (q,) a document of the database that the query must not find; -1 for none.
+            exclude_document: (q,) a document of the database that the query must not find, or one for all; -1 for none.
             exclude_group: (q,) uint64, a group of documents that it must not find; see `group_of`.
             exclude: (documents,) bool, True for documents that no query may find; see `documents_where`.
             probes: parts of an approximate index to look into; more of them find more and take longer.
@@ -434,8 +434,8 @@ class Database:
         k: int,
         *,
         longest_run: int | None = None,
-        exclude_document: np.ndarray | None = None,
-        exclude_group: np.ndarray | None = None,
+        exclude_document: np.ndarray | int | None = None,
+        exclude_group: np.ndarray | int | None = None,
         exclude: np.ndarray | None = None,
         probes: int | None = None,
     ) -> Neighbours:
@@ -464,7 +464,7 @@ class Database:
             kept = found.without_copies(longest_run, k)
             # Fewer than k were kept of a row whose every place is filled: there may be others behind these.
             is_short = (kept.ids[:, -1] < 0) & (found.ids[:, -1] >= 0)
-            if not is_short.any() or asked >= 64 * k:
+            if not is_short.any() or asked >= min(64 * k, self.num_chunks):
                 return kept
             asked = min(4 * asked, self.num_chunks)
 
@@ -511,7 +511,7 @@ class Database:
         return self._array("name_ends")
 
     def _exclusion(
-        self, rows: int, document: np.ndarray | None, group: np.ndarray | None, exclude: np.ndarray | None
+        self, rows: int, document: np.ndarray | int | None, group: np.ndarray | int | None, exclude: np.ndarray | None
     ) -> Exclusion | None:
         if document is None and group is None and exclude is None:
             return None
@@ -596,8 +596,10 @@ def stored_ngrams(path: Path, state: Mapping[str, Any]) -> NgramEmbedder:
     )
 
 
-def _per_query(values: np.ndarray | Sequence[int], rows: int, dtype: Any, name: str) -> np.ndarray:
+def _per_query(values: np.ndarray | Sequence[int] | int, rows: int, dtype: Any, name: str) -> np.ndarray:
     array = np.asarray(values)
+    if array.shape == ():
+        array = np.broadcast_to(array, (rows,))
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise ValueError(f"expected {name} as ({rows},) integers, one for each query, got {array.shape} {array.dtype}")
     return array.astype(dtype)

@@ -129,6 +129,7 @@ def list_sources(
     folders: Sequence[str | Path],
     *,
     pattern: str = "*",
+    without: Path | None = None,
     known: Mapping[str, Source] | None = None,
     on_progress: OnBytes | None = None,
 ) -> Listing:
@@ -141,6 +142,7 @@ def list_sources(
     Args:
         folders: folders and files.
         pattern: what the name of a file in a folder must match, as in a shell: "*.py".
+        without: a folder that is not looked into: the database's own, which may lie in the corpus.
         known: sources by name that were read before.
         on_progress: is told how far it has come.
 
@@ -158,7 +160,7 @@ def list_sources(
         root = Path(folder)
         if not root.exists():
             raise FileNotFoundError(f"expected a folder or a file of text at {root}, found nothing")
-        for name, path in _walk(root, pattern, problems):
+        for name, path in _walk(root, pattern, without, problems):
             if name in found:
                 raise ValueError(
                     f"{found[name]} and {path} would both be named {name}: give folders whose last parts differ, or each file once"
@@ -222,12 +224,13 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _walk(root: Path, pattern: str, problems: Problems) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, pattern: str, without: Path | None, problems: Problems) -> Iterator[tuple[str, Path]]:
     """Names and paths of the files below a folder, rising; a file that was given itself is taken whatever its name."""
     if not root.is_dir():
         yield printable(root.name), root
         return
     top = root.resolve().name
+    left_out = None if without is None else without.resolve()
     waiting = [root]
     while waiting:
         here = waiting.pop()
@@ -243,7 +246,8 @@ def _walk(root: Path, pattern: str, problems: Problems) -> Iterator[tuple[str, P
             if entry.name.startswith("."):
                 problems.add(name, "hidden")
             elif entry.is_dir(follow_symlinks=False):
-                folders.append(path)
+                if left_out is None or path.resolve() != left_out:
+                    folders.append(path)
             elif entry.is_dir():
                 problems.add(name, "link to a folder")
             elif not fnmatchcase(entry.name, pattern):
@@ -336,7 +340,8 @@ def _text_of_line(line: bytes, begin: int, text_field: str) -> tuple[str, tuple[
     except UnicodeDecodeError as error:
         return "", ("not UTF-8", f"byte {begin + error.start:,} of the file: {error.reason}")
     except json.JSONDecodeError as error:
-        return "", ("no JSON", f"column {error.colno}, byte {begin + error.pos:,} of the file: {error.msg}")
+        place = begin + len(error.doc[: error.pos].encode("utf-8"))
+        return "", ("no JSON", f"column {error.colno}, byte {place:,} of the file: {error.msg}")
     except RecursionError:
         return "", ("no JSON", "nested too deeply")
     if not isinstance(value, dict):

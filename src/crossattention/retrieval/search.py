@@ -225,14 +225,14 @@ class IvfConfig:
 
     lists: int
     code_bytes: int
-    probes: int = 32
+    probes: int = 64
     candidates: int = 256
     shard_rows: int = 1 << 20
 
     @classmethod
     def of(cls, rows: int, dim: int) -> IvfConfig:
-        """The sizes for so many embeddings of this width: 4 sqrt(n) lists, a byte for each 4 numbers."""
-        lists = 1 << max(0, round(np.log2(4 * max(1, rows) ** 0.5)))
+        """The sizes for so many embeddings of this width: some 2 sqrt(n) lists, a byte for each 4 numbers."""
+        lists = 1 << max(0, round(np.log2(2 * max(1, rows) ** 0.5)))
         code_bytes = next(size for size in range(max(1, dim // 4), 0, -1) if dim % size == 0)
         return cls(lists=min(lists, max(1, rows // 39)), code_bytes=code_bytes)
 

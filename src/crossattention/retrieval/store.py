@@ -174,6 +174,12 @@ class ArrayWriter:
         self._stream.truncate(HEADER_BYTES + extent.rows * file.row_bytes)
         self._stream.seek(0, os.SEEK_END)
 
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
     @property
     def rows(self) -> int:
         """Rows written, counted or not."""

@@ -1,0 +1,81 @@
+"""The masks that `transformers` hands to its attention, as ours: True = may be attended, and one for all rows that read one source.
+
+Its kernels get bool masks (True = may be attended), or numbers that are added to the scores, the lowest of the dtype where nothing
+may be attended.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+
+import torch
+from torch import Tensor
+
+
+class Masks:
+    """Turns masks, and remembers the last: all layers of a model get the same one."""
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._turned: Tensor | None = None
+
+    def read(self, mask: Tensor, rows: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """A context mask, or a pair mask, of what is masked.
+
+        Args:
+            mask: (z r or 1, h or 1, n or 1, m), bool or floating.
+            rows: how many rows read each source, r; their queries are laid into the length.
+            length: n.
+
+        Returns:
+            bool (z, m), or None; and bool or floating, broadcastable to (z, h, r n, m), or None.
+        """
+        mask = self._as_ours(mask)
+        if mask.shape[2] == 1 or mask.stride(2) == 0:  # the same for all queries, as padding is
+            mask = mask[::rows, :, :1] if mask.shape[0] > 1 else mask[:, :, :1]
+            if mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[0] > 1:
+                return mask[:, 0, 0], None
+            return None, mask
+        if rows > 1:
+            heads, context_length = mask.shape[1], mask.shape[3]
+            if mask.shape[0] == 1:
+                mask = mask.expand(rows, -1, -1, -1)
+            mask = mask.unflatten(0, (-1, rows)).transpose(1, 2).reshape(-1, heads, rows * length, context_length)
+        return None, mask
+
+    def forget(self) -> None:
+        """Drop what is remembered."""
+        self._last, self._turned = None, None
+
+    def _as_ours(self, mask: Tensor) -> Tensor:
+        """A mask whose lowest numbers forbid: bool where it has no others but zero."""
+        if mask.dtype == torch.bool:
+            return mask
+        if mask.is_inference() or mask.requires_grad:  # without a version, or with a graph of its own
+            return forbidding(mask)
+        if self._last is None or self._last() is not mask or self._version != mask._version or self._turned is None:
+            self._turned = forbidding(mask)
+            self._last, self._version = weakref.ref(mask, self._gone), mask._version
+        return self._turned
+
+    def _gone(self, last: weakref.ref[Tensor]) -> None:
+        if self._last is last:
+            self.forget()
+
+
+def forbidding(mask: Tensor) -> Tensor:
+    """Half of the dtype's lowest number and less is a masked position, also where something was added to it."""
+    closed = mask <= torch.finfo(mask.dtype).min / 2
+    if not mask.requires_grad and bool(((mask == 0) | closed).all()):
+        return ~closed
+    return mask.masked_fill(closed, -torch.inf)
+
+
+def weights_are_collected() -> bool:
+    """Whether a model that runs in this thread was asked for its attention weights: its hooks take them from its modules."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return bool(collected) and any("attention" in name for name in collected)
