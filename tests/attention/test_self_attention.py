@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crossattention import CrossAttention, SelfAttention
+from crossattention.layers import RelativeLogits
 from tolerances import assert_close
 
 Z, N, D = 2, 6, 12
@@ -154,3 +155,22 @@ def test_errors_name_what_came():
         )
     with pytest.raises(TypeError, match="the sequence must be a tensor"):
         layer([1.0])
+
+
+def test_learned_scores_of_long_causal_sequences_are_those_of_one_product() -> None:
+    """They are written out in stretches of rows; a mask that cuts nothing asks for all of them at once."""
+    torch.manual_seed(0)
+    layer = SelfAttention(6, heads=2, head_dim=4, positions=RelativeLogits(6, 2, 4), causal=True).double()
+    x = torch.randn(2, 300, 6, dtype=torch.float64, requires_grad=True)
+    weights, nothing_cut = torch.randn(2, 300, 6, dtype=torch.float64), torch.ones(2, 300, dtype=torch.bool)
+    found, wanted = layer(x), layer(x, mask=nothing_cut)
+    assert_close(found, wanted)
+    with torch.no_grad():
+        assert_close(layer(x), wanted)
+    inputs = [x, *layer.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)

@@ -861,7 +861,9 @@ class CrossAttention(nn.Module):
             read = projected if self.positions.reads_queries else None
             added = self.positions.score_bias(read, positions, prepared.positions, self.scale)
             bias = added if bias is None else bias + added
-        return queries, combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype, queries.device)
+        is_learned = bias is not None and prepared.key_bias is None and execute.learns_scores(self.positions)
+        masks = (prepared.mask, attn_mask, bias, prepared.context_length)
+        return queries, combine_masks(*masks, queries.dtype, queries.device, is_learned=is_learned)
 
     def _ask(
         self, a: Tensor | PreparedQueries, prepared: PreparedContext, query_positions: Tensor | None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.dropout import drawn_factors
 from crossattention.attention.fused import attend_fused, widen
+from crossattention.attention.learned import attend_learned, runs_learned
 from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
 from crossattention.plan import Plan
@@ -34,6 +35,16 @@ class HasParts(Protocol):
 
     qk_norm: QueryKeyNorm | None
     positions: PositionPart | None
+
+
+def learns_scores(part: PositionPart | None) -> bool:
+    """Whether a gradient may flow into what a position part adds to the scores, which no fused kernel computes.
+
+    Not whether it does: frozen weights give what they gave while they were trained, to the bit.
+    """
+    if part is None or not part.adds_to_scores or not torch.is_grad_enabled():
+        return False
+    return part.reads_queries or any(True for _ in part.parameters())
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -219,6 +230,10 @@ def attend_heads(
         (z, h, n, w), zero where nothing may be attended, and the row sums broadcastable to (z, h, n, 1), None where all are one.
     """
     queries, keys, values = to_autocast_dtype(queries, keys, values)
+    if mask.is_learned:
+        if dropout == 0.0 and not sums_heads and runs_learned(queries, keys, values, mask):
+            return attend_learned(queries, keys, values, mask, scale), mask.live
+        mask = mask.joined()
     learned_mask = mask.tensor is not None and mask.tensor.requires_grad and torch.is_grad_enabled()
     if kernel != "explicit" and dropout == 0.0 and not learned_mask and not _has_empty_side(queries, keys):
         if kernel == "fused" or torch.compiler.is_exporting():
@@ -239,6 +254,7 @@ def attend_heads(
 
 def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: float) -> Tensor:
     """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
+    mask = mask.joined()
     dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
     queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
     if not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers

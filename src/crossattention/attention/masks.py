@@ -20,10 +20,23 @@ class ScoreMask:
             dimension; None if nothing is masked.
         live: bool, broadcastable to (z, h, n, 1): whether the row has anything to attend; None if every row of a non-empty
             context has.
+        allowed: bool, broadcastable to (z, h, n, m), what may be attended, where `tensor` is a bias that may be learned and is kept
+            apart from what is cut; else None.
+        is_learned: whether it is.
     """
 
     tensor: Tensor | None
     live: Tensor | None
+    allowed: Tensor | None = None
+    is_learned: bool = False
+
+    def joined(self) -> ScoreMask:
+        """The same with what is cut in the tensor."""
+        if not self.is_learned:
+            return self
+        assert self.tensor is not None
+        tensor = self.tensor if self.allowed is None else torch.where(self.allowed, self.tensor, -torch.inf)
+        return ScoreMask(tensor, self.live)
 
 
 def check_context_mask(mask: Tensor, batch: int, context_length: int, device: torch.device) -> None:
@@ -109,6 +122,8 @@ def combine_masks(
     context_length: int,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    is_learned: bool = False,
 ) -> ScoreMask:
     """One mask out of a context mask (z, m), a pair mask (z, h, n, m) and a finite score bias (z, h, n, m), each optional.
 
@@ -119,6 +134,7 @@ def combine_masks(
         context_length: m.
         dtype: dtype of the queries.
         device: device of the queries.
+        is_learned: whether a gradient may flow into the score bias, which is then kept apart from what is cut.
     """
     dtype = _score_dtype(dtype, device)
     allowed = None if context_mask is None else context_mask[:, None, None, :]
@@ -139,6 +155,8 @@ def combine_masks(
     if added is None:
         return ScoreMask(_full_last(allowed, context_length), live)
     added = to_score_dtype(added, dtype)
+    if is_learned and (attn_mask is None or attn_mask.dtype == torch.bool):
+        return ScoreMask(_full_last(added, context_length), live, allowed, is_learned=True)
     if allowed is not None:
         added = torch.where(allowed, added, -torch.inf)
     return ScoreMask(_full_last(added, context_length), live)

@@ -161,6 +161,18 @@ def _is_quicker_written_out(queries: Tensor, keys: Tensor, values: Tensor) -> bo
     return width >= 96 and scores <= FEW_SCORES and not torch.is_grad_enabled()
 
 
+SPAN = 128
+"""Rows of causal attention that are written out together: fewer meet fewer keys that they may not read, in smaller products."""
+
+
+def _causal_spans(num_rows: int, context_length: int, offset: int) -> list[tuple[int, int, int]]:
+    """Stretches of rows, each with the number of keys up to its last row: begin, end, keys. One inside graphs."""
+    if torch.compiler.is_compiling() or num_rows < 2 * SPAN:
+        return [(0, num_rows, context_length)]
+    ends = [*range(SPAN, num_rows - SPAN // 2, SPAN), num_rows]
+    return [(begin, end, offset + end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 class SelfAttention(nn.Module):
     """A sequence that attends to itself: queries, keys and values all come from it.
 
@@ -309,27 +321,20 @@ class SelfAttention(nn.Module):
         attn_mask: Tensor | None,
         offset: int,
     ) -> Tensor:
-        score_mask = self._mask(x, queries, keys, mask, attn_mask, offset)
-        read, _ = execute.attend_heads(
-            execute.place_queries(self, queries, self._positions(x, offset, x.shape[1])),
-            keys,
-            values,
-            score_mask,
-            scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-            kernel="explicit" if self._learns_scores() or _is_quicker_written_out(queries, keys, values) else "fused",
-        )
-        return project(self.out_proj, read.transpose(1, 2).flatten(2))
-
-    def _learns_scores(self) -> bool:
-        """Whether a gradient may flow into what is added to the scores, which no fused kernel computes.
-
-        Not whether it does: frozen weights give what they gave while they were trained, to the bit.
-        """
-        part = self.positions
-        if part is None or not part.adds_to_scores or not torch.is_grad_enabled():
-            return False
-        return part.reads_queries or any(True for _ in part.parameters())
+        placed = execute.place_queries(self, queries, self._positions(x, offset, x.shape[1]))
+        dropout = self.dropout if self.training else 0.0
+        learns = execute.learns_scores(self.positions)
+        kernel = "explicit" if learns or _is_quicker_written_out(queries, keys, values) else "fused"
+        spans = [(0, x.shape[1], keys.shape[2])]
+        if learns and self.is_causal and mask is None and attn_mask is None and dropout == 0.0:
+            spans = _causal_spans(x.shape[1], keys.shape[2], offset)
+        read = []
+        for begin, end, length in spans:
+            score_mask = self._mask(x[:, begin:end], queries[:, :, begin:end], keys[:, :, :length], mask, attn_mask, offset + begin)
+            some = (placed[:, :, begin:end], keys[:, :, :length], values[:, :, :length])
+            read.append(execute.attend_heads(*some, score_mask, scale=self.scale, dropout=dropout, kernel=kernel)[0])
+        whole = read[0] if len(read) == 1 else torch.cat(read, 2)
+        return project(self.out_proj, whole.transpose(1, 2).flatten(2))
 
     def _mask(
         self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int
@@ -346,14 +351,16 @@ class SelfAttention(nn.Module):
         if self.is_causal and not (isinstance(n, int) and n == 1 and offset == m - 1):
             causal = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(offset)
             if attn_mask is None and mask is None and bias is not None:  # every row has itself to attend to
-                return ScoreMask(torch.where(causal, to_score_dtype(bias, score_dtype_of(queries)), -torch.inf), None)
+                found = ScoreMask(to_score_dtype(bias, score_dtype_of(queries)), None, causal[None, None], is_learned=True)
+                return found if execute.learns_scores(self.positions) else found.joined()
             if attn_mask is None:
                 attn_mask = causal
             elif attn_mask.dtype == torch.bool:
                 attn_mask = attn_mask & causal
             else:
                 attn_mask = torch.where(causal, attn_mask, -torch.inf)
-        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device)
+        is_learned = bias is not None and execute.learns_scores(self.positions)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device, is_learned=is_learned)
 
     def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)
