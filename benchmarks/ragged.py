@@ -4,7 +4,8 @@
     python benchmarks/ragged.py --clock process      # processor time of one thread, for a machine that is not quiet
 
 The peer pads the same list or jagged tensor within its time, as whoever holds such a batch has to, and calls the same layer with a
-mask, whose plan the planner then chooses, or by hand projects to keys and values and calls torch's attention; with `dense` it is what is called where all lengths are equal, and nobody needs a mask.
+mask, whose plan the planner then chooses, or by hand projects to keys and values and calls torch's attention; with `dense` it is
+what is called where all lengths are equal, and nobody needs a mask.
 """
 
 import argparse

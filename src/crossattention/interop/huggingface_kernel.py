@@ -55,6 +55,7 @@ def register_attention() -> None:
     Source: docs/speed_up.md.
 
     Example:
+        >>> import torch
         >>> from crossattention.interop import register_attention
         >>> register_attention()
         >>> from transformers import BartConfig, BartModel
@@ -220,8 +221,6 @@ def unsupported(model: Any) -> str | None:
     can_set: Callable[[], bool] | None = getattr(kind, "_can_set_attn_implementation", None)
     if can_set is not None and not can_set():
         return "its attention does not go through transformers' AttentionInterface, so nothing can be set"
-    if not getattr(kind, "_supports_sdpa", True) and "get_interface(" in _code_of(kind.__module__):
-        return "transformers says that no fused kernel runs it (_supports_sdpa is False)"
     for config in _configs(getattr(model, "config", None)):
         capped = [name for name, value in vars(config).items() if "attn" in name and "softcap" in name and value]
         if capped:

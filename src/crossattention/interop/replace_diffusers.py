@@ -62,7 +62,7 @@ def _why_not(module: Any) -> str | None:
 def _replaceable(module: Any) -> Replaceable:
     k = module.to_q.out_features // module.heads
     is_fused = type(module.processor) is _processors()[0]
-    has_norms = module.norm_q is not None or module.norm_k is not None
+    has_norms = is_fused and (module.norm_q is not None or module.norm_k is not None)  # the other processor knows none
     borrowing = Borrowing(
         query_dim=module.to_q.in_features,
         context_dim=module.to_k.in_features,
@@ -93,6 +93,8 @@ def _read(module: Any, reader: Reader, states: Any, text: Any, mask: Any) -> Ten
         return None
     rows = states if states.dim() == 3 else states.flatten(2).transpose(1, 2)
     if mask is not None:
+        if not reader.own_is_fused and mask.dtype == torch.bool:
+            return None
         mask = _mask(module, mask, text)
         if mask is None:
             return None

@@ -156,11 +156,9 @@ class Changes:
     def _lines(self) -> Iterator[str]:
         state = " (undone)" if self._replacements and self.is_undone else ""
         yield f"{self._of}: attention of {len(self.replaced)} modules runs by plans, {len(self.left)} left alone{state}"
-        for one in self._replacements:
-            method = "" if one.method == "forward" else f".{one.method}"
-            yield f"  {self._name(one)}{method} ({type(one.owner).__name__})"
-            for plans in one.what.plans:
-                yield from (f"    {line}" for line in plans.describe())
+        for (kind, lines), names in self._alike().items():
+            yield f"  {', '.join(names)} ({kind})"
+            yield from (f"    {line}" for line in lines)
         for note in dict.fromkeys(note for one in self._replacements for note in one.what.notes):
             yield f"  note: {note}"
         for why, names in self._left_by_reason().items():
@@ -169,6 +167,15 @@ class Changes:
             yield "  rows without a live key give zero attention, so the output bias, whatever the model gave before"
         if self.checked is not None:
             yield f"  {self.checked}"
+
+    def _alike(self) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+        """Names of the replaced methods by what there is to say of them."""
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for one in self._replacements:
+            lines = tuple(line for plans in one.what.plans for line in plans.describe())
+            method = "" if one.method == "forward" else f".{one.method}"
+            alike.setdefault((type(one.owner).__name__, lines), []).append(self._name(one) + method)
+        return alike
 
     def _left_by_reason(self) -> dict[str, list[str]]:
         reasons: dict[str, list[str]] = {}

@@ -28,7 +28,6 @@ from crossattention.models.perceiver import PerceiverIO
 from crossattention.models.perceiver_adapters import VIDEO_KINDS, FlowInput, ImageInput, TextInput
 from crossattention.models.picture_reader import PictureReader
 from crossattention.models.transformer import Transformer
-from crossattention.plan import TEXTBOOK
 
 BATCH, TARGETS, SOURCE, TARGET, PAST = 2, 3, 7, 5, 4
 """Lengths of the examples: no two alike and none 1, as an exporter takes a 1, or two that are alike, for fixed."""
@@ -76,7 +75,11 @@ class Prepares(Around):
 
 
 class Steps(Around):
-    """The next symbol of each target to the logits of the one after it."""
+    """The next symbol of each target to the logits of the one after it; `plan` is the one whose keys and values come in."""
+
+    def __init__(self, model: Any, plan: Any) -> None:
+        super().__init__(model)
+        self.plan = plan
 
     def forward(
         self,
@@ -89,7 +92,7 @@ class Steps(Around):
     ) -> tuple[Tensor, ...]:
         """Logits (z, r, V), then keys (z, r, g, t + 1, k) of each layer, then values."""
         pairs = zip(cross_keys, cross_values, strict=True)
-        prepared = [PreparedContext(keys, values, None, context_mask, None, TEXTBOOK, UNCHECKED) for keys, values in pairs]
+        prepared = [PreparedContext(keys, values, None, context_mask, None, self.plan, UNCHECKED) for keys, values in pairs]
         past = zip(past_keys, past_values, strict=True)
         caches = [KeyValueCache(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in past]
         logits, caches = self.model.step(ids, prepared, caches)
@@ -150,7 +153,7 @@ def _generating(model: Any, source: Tensor, axes: Axes, mask: Tensor, states: Te
     )
     read, kept = ("batch", None, "context", None), ("batch", "targets", None, "past", None)
     step = Graph(
-        Steps(model),
+        Steps(model, prepared[0].plan),
         {
             "ids": ids,
             "context_mask": context_mask,

@@ -551,7 +551,9 @@ class PerceiverIO(Pretrained, nn.Module):
     def _answer(self, question: Question, context: Tensor) -> Tensor:
         """What the queries of a question read of normalised latents (z, n, d): in blocks, where no gradient will be asked for."""
         decoder, count = self.decoder, question.count
-        block = max(1, count if torch.is_grad_enabled() else BLOCK_QUERIES // max(1, context.shape[0]))
+        # An exported graph has no blocks: their number would depend on the batch, and tie the graph to batches up to some size.
+        is_whole = torch.is_grad_enabled() or torch.compiler.is_exporting()
+        block = max(1, count if is_whole else BLOCK_QUERIES // max(1, context.shape[0]))
         prepared = decoder.attention.prepare(
             context,
             query_length=min(block, count),
