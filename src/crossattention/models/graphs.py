@@ -143,7 +143,8 @@ def _generating(model: Any, source: Tensor, axes: Axes, mask: Tensor, states: Te
         ids = _ids(vocab, BATCH, TARGETS, like=mask)
         for _ in range(min(PAST, limit - 1)):
             _, caches = model.step(ids, prepared, caches)
-    layers, past = len(made) // 2, list(_unflattened(caches, ids))
+    # A cache may lie in room for more; written out, an example has the strides of a plain tensor, to which graphs are bound.
+    layers, past = len(made) // 2, [tensor.contiguous() for tensor in _unflattened(caches, ids)]
     numbers = range(layers)
     prepare = Graph(
         Prepares(model),
@@ -312,7 +313,7 @@ def _of_perceiver(model: PerceiverIO) -> dict[str, Graph]:
         "label": torch.randn(BATCH, inputs.num_labels).to(weight),
     }
     axes_of = {kind: ("batch", *(None,) * (given[kind].dim() - 1)) for kind in given}
-    outputs = ("logits",) if name == "logits" else VIDEO_KINDS
+    outputs = ("logits",) if name == "logits" else tuple(f"{kind}_out" for kind in VIDEO_KINDS)  # inputs have the kinds' names
     return {"forward": Graph(ReadsVideo(model), given, axes_of, tuple(outputs))}
 
 
