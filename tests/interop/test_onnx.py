@@ -211,7 +211,7 @@ class Decomposes(nn.Module):
 
 class Fixes(nn.Module):
     def forward(self, x):
-        return x + torch.ones(len(x), 3)
+        return x + sum(1 for _ in range(x.shape[0]))
 
 
 @pytest.mark.slow
@@ -221,7 +221,9 @@ def test_what_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
         export_onnx(Draws().eval(), tmp_path / "m.onnx", given, axes={"x": ("z", None)})
     with pytest.raises(ValueError, match=r"Decomposes cannot be exported to ONNX: \w+: .*"):
         export_onnx(Decomposes().eval(), tmp_path / "m.onnx", given, axes={"x": ("z", None)})
-    with pytest.raises(ValueError, match=r'the length "z" of x came out fixed at 2.*write None for it'):
+    with pytest.raises(
+        ValueError, match=r"Fixes cannot be exported to ONNX: ValueError: .*conflicts between user-specified ranges"
+    ):
         export_onnx(Fixes().eval(), tmp_path / "m.onnx", given, axes={"x": ("z", None)})
     with pytest.raises(ValueError, match=r"returns 1 tensors, got 2 names of outputs"):
         export_onnx(Draws().eval(), tmp_path / "m.onnx", given, axes={"x": ("z", None)}, outputs=("y", "z"))
