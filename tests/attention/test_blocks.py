@@ -76,8 +76,9 @@ def test_blocks_equal_explicit_weights_with_gradients(monkeypatch, cuts_, kind):
                     torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts_", [CUTS[0], CUTS[3]], ids=["whole rows", "parts"])
-@pytest.mark.parametrize("same", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("same", [False, True])
 def test_first_and_second_derivatives(monkeypatch, cuts_, same):
     cut(monkeypatch, cuts_)
     queries, keys, values = tensors(2, 6, 2, 2, HEADS, same, z=1, items=1)  # every number is moved by itself: few of them

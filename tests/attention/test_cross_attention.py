@@ -203,6 +203,7 @@ def test_every_plan_drops_the_same_pairs_in_training():
         assert_close(out, outs[0])
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_stops_in_evaluation():
     layer = make_layer(dropout=0.5)
     a, b = make_inputs()

@@ -233,6 +233,7 @@ def test_causal_self_attention_computes_the_formula_whole_and_step_by_step(name:
     assert_close(torch.cat((first, *rest), 1), wanted)
 
 
+@pytest.mark.slow
 @every_part
 def test_one_exported_graph_serves_all_lengths(name: str) -> None:
     part, _ = part_and_formula(name, 0.5)

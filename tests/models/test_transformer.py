@@ -249,7 +249,8 @@ def masked_pair(z: int, m: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 LENGTHS = ((3, 7, 5), (2, 4, 9), (5, 11, 3), (4, 2, 2))
 
 
-@pytest.mark.parametrize("name", ["paper", pytest.param("untied", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "untied"])
 def test_one_exported_graph_serves_all_lengths(name: str) -> None:
     model = tiny(VARIANTS[name], torch.float32)
     z, m, n = (torch.export.Dim(name, min=1, max=16) for name in "zmn")

@@ -103,6 +103,7 @@ def test_stochastic_depth_leaves_out_the_same_images_as_timm_for_the_same_seed(s
     assert not torch.allclose(ours(images), outs[0])
 
 
+@pytest.mark.slow
 def test_presets_have_the_sizes_and_parameters_of_every_variant_that_timm_registers() -> None:
     assert set(timm.list_models("crossvit*")) == set(VARIANTS)
     for name in VARIANTS:
