@@ -4,12 +4,14 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from crossattention import CrossAttention, Plan
 from crossattention.attention import BlocksState
+from crossattention.data.row_files import RowFile
 from crossattention.layers import ALiBi, QueryKeyRMSNorm, RelativeLogits, Rotary, T5Bias
 from crossattention.plan.plans import ALL_PLANS, CANDIDATES
 from oracle import A, B, H, K, make_layer, specification
@@ -178,6 +180,27 @@ def test_an_interrupted_pass_goes_on_from_its_state(tmp_path: Path) -> None:
     again = layer.attend_blocks(a, blocks, state=BlocksState.load(tmp_path / "state.safetensors"))
     for found, right in zip(grads(again, [a]), grads(layer(a, b), [a]), strict=True):
         assert_close(found, right)
+
+
+def test_a_state_of_blocks_that_were_cut_otherwise_is_refused(tmp_path: Path) -> None:
+    layer, (a, b) = make_layer(), make_inputs()
+    kept = tmp_path / "rows.npy"
+    np.save(kept, b[0].numpy())
+    one = a[:1]
+
+    def stop(state: BlocksState) -> None:
+        if state.blocks == 1:
+            state.save(tmp_path / "state.safetensors")
+            raise BrokenError
+
+    for cut, other in (
+        ([b[:1, :3], b[:1, 3:]], [b[:1, :2], b[:1, 2:]]),
+        (RowFile(kept, block_rows=3), RowFile(kept, block_rows=2)),
+    ):
+        with pytest.raises(BrokenError), torch.no_grad():
+            layer.attend_blocks(one, cut, progress=stop)
+        with torch.no_grad(), pytest.raises(ValueError, match="has read 3 rows in 1 blocks, but these blocks hold 2; go on over"):
+            layer.attend_blocks(one, other, state=BlocksState.load(tmp_path / "state.safetensors"))
 
 
 def test_a_state_of_another_call_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

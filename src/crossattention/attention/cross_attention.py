@@ -34,7 +34,7 @@ from crossattention.attention.ragged import PreparedRagged, attend_ragged, conte
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Rows, Sequences, is_ragged
 from crossattention.attention.sequences import check_is_tensor as check_is_tensor
-from crossattention.attention.sharded import PreparedShard, attend_shard, is_sharded, prepare_shard
+from crossattention.attention.sharded import RAGGED_ON_SHARDS, PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.attention.streamed import BlocksState, attend_streamed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
 from crossattention.plan.blocks import NARROW_ROW
@@ -417,6 +417,8 @@ class CrossAttention(nn.Module):
         """
         of_context = {"context_mask": context_mask, "context_positions": context_positions}
         if is_ragged(a) or is_ragged(b):
+            if is_sharded(b):
+                raise TypeError(RAGGED_ON_SHARDS)
             return forward_ragged(self, a, b, attn_mask=attn_mask, query_positions=query_positions, **of_context)
         check_is_tensor("queries", a)
         assert isinstance(a, Tensor)
@@ -676,7 +678,7 @@ class CrossAttention(nn.Module):
             )
         if isinstance(prepared, PreparedShard):
             if is_ragged(a):
-                raise TypeError("queries of unlike lengths cannot read a sharded context; pad them to one length, or go one by one")
+                raise TypeError(RAGGED_ON_SHARDS)
         elif isinstance(prepared, PreparedRagged) or is_ragged(a):
             return attend_ragged(self, a, prepared, attn_mask, query_positions)
         assert isinstance(a, Tensor | PreparedQueries)

@@ -245,6 +245,9 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+RAGGED_ON_SHARDS = "queries of unlike lengths cannot read a sharded context; pad them to one length, or go one by one"
+
+
 def is_sharded(value: object) -> bool:
     """Whether a context, raw or prepared, lies over several processes."""
     return type(value) is not Tensor and (isinstance(value, ContextShard | PreparedShard) or is_dtensor(value))
@@ -305,12 +308,10 @@ def own_part(name: str, given: Tensor | None, shards: Shards, dim: int = -1) -> 
         if not placement.is_replicate():
             return local
         given = local
+    if isinstance(given, Tensor) and given.requires_grad:
+        raise ValueError(f"{name} requires a gradient, which each process would have a part of alone; shard it as the context is")
     if not isinstance(given, Tensor) or given.dim() == 0 or given.shape[-1] == 1 != shards.length:
         return given
-    if given.requires_grad:
-        raise ValueError(
-            f"{name} requires a gradient, which would be of the whole context's size in every process; shard it as the context is"
-        )
     if given.shape[-1] != shards.length:
         raise ValueError(
             f"{name} must be of the whole context, of length {shards.length}, or a DTensor sharded as it is, got shape "

@@ -232,15 +232,25 @@ class Stream:
             )
         return block, mask
 
-    def read_from(self, skipped: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The blocks after the first few, checked."""
+    def read_from(self, skipped: int, rows: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The blocks after the first few, which held `rows` rows, checked.
+
+        Raises:
+            ValueError: they hold another number of rows: cut otherwise, some would be read twice or never.
+        """
         source, self._first = self._first, None
-        if source is not None:
-            rest: Iterator[Any] = islice(source, skipped, None)
-        elif callable(getattr(self.blocks, "from_block", None)):
-            rest = iter(self.blocks.from_block(skipped))  # type: ignore[attr-defined]
+        if source is None and all(callable(getattr(self.blocks, name, None)) for name in ("from_block", "rows_before")):
+            before = self.blocks.rows_before(skipped)  # type: ignore[attr-defined]
+            rest: Iterator[Any] = iter(self.blocks.from_block(skipped)) if before == rows else iter(())  # type: ignore[attr-defined]
         else:
-            rest = islice(iter(self.blocks), skipped, None)
+            rest = iter(self.blocks) if source is None else source
+            skip = enumerate(islice(rest, skipped))
+            before = sum(self._checked(block, place, self.batch)[0].shape[1] for place, block in skip)
+        if before != rows:
+            raise ValueError(
+                f"the state has read {rows:,} rows in {skipped:,} blocks, but these blocks hold {before:,}; go on over the blocks "
+                "that it began with, cut as they were"
+            )
         for place, block in enumerate(rest, skipped):
             yield self._checked(block, place, self.batch)
 
@@ -308,7 +318,7 @@ class Stream:
         self, state: BlocksState, progress: Callable[[BlocksState], object] | None, queries: Tensor, projected: Any
     ) -> Partial:
         """Read the blocks that the state lacks; the merged result of all."""
-        for block, mask in self.read_from(state.blocks):
+        for block, mask in self.read_from(state.blocks, state.rows):
             merged, rows = state.partial, state.rows
             part = self.part(block, mask, rows, projected)
             with torch.autocast(queries.device.type, enabled=False):  # scores are never taken in half precision

@@ -130,6 +130,10 @@ class RowFile:
         blocks = self._read(cuts) if self.ahead == 0 else _ahead(self._read(cuts), self.ahead)
         return blocks
 
+    def rows_before(self, block: int) -> int:
+        """Number of rows in the blocks before one."""
+        return self._cuts[block][0] if block < len(self._cuts) else self.rows
+
     def _read(self, cuts: list[tuple[int, int]]) -> Iterator[Tensor]:
         file, memory = self._held.open(), _Memory(self.ahead + 4)
         try:

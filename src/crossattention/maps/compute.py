@@ -16,7 +16,7 @@ from torch import Tensor
 from crossattention.attention import CrossAttention, PreparedContext, PreparedQueries, PreparedShard
 from crossattention.attention.ragged import PreparedRagged, ragged_rows
 from crossattention.attention.sequences import check_is_tensor, is_ragged
-from crossattention.attention.sharded import is_sharded
+from crossattention.attention.sharded import RAGGED_ON_SHARDS, is_sharded
 from crossattention.maps.blocks import Heads, MapRows, blocks_of
 from crossattention.maps.shards import map_of_shard, mergeable, merged
 from crossattention.maps.summaries import Summary
@@ -129,6 +129,8 @@ def attention_map(
             if given is not None:
                 raise ValueError(f"{name} belongs to the prepared context and would be ignored here; pass it to prepare(b, ...)")
     if is_ragged(a) or is_ragged(b) or isinstance(b, PreparedRagged):
+        if is_sharded(b):
+            raise TypeError(RAGGED_ON_SHARDS)
         return ragged_map(layer, a, b, summaries, **of_context, **of_queries)
     if not isinstance(a, PreparedQueries):
         check_is_tensor("queries", a)

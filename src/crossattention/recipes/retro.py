@@ -267,7 +267,9 @@ class RetroTask:
             unread=self.config.unread,
             seed=seed,
         )
-        self.valid = spread(windows_of(self.database, self.parts["valid"], chunks=self.config.chunks, stride=self.config.chunks))
+        # A chunk less, so that the first token of each scored chunk but a document's first follows something.
+        stride = max(1, self.config.chunks - 1)
+        self.valid = spread(windows_of(self.database, self.parts["valid"], chunks=self.config.chunks, stride=stride))
 
     @property
     def notes(self) -> tuple[str, ...]:
