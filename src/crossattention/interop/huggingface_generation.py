@@ -142,7 +142,8 @@ class Generations:
         running.append(session)
         try:
             out = own(*args, **kwargs)
-            session.fill_cache_of(out)
+            with torch.no_grad():  # as in `generate`, whose cache holds no graph
+                session.fill_cache_of(out)
             return out
         finally:
             running.pop()
@@ -150,7 +151,8 @@ class Generations:
     def _run_postprocess(self, own: Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = self.now
         if session is not None:
-            session.fill_cache_of(kwargs.get("seek_outputs", args[0] if args else None))
+            with torch.no_grad():
+                session.fill_cache_of(kwargs.get("seek_outputs", args[0] if args else None))
         return own(*args, **kwargs)
 
     def _run_expand(self, own: Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

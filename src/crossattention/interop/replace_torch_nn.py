@@ -176,7 +176,7 @@ def _read(
         _note(mha, live, weights, is_batched)
     if not is_batched:
         return out[0], None if weights is None else weights[0]
-    return out if mha.batch_first else out.transpose(0, 1), weights
+    return out if mha.batch_first else out.transpose(0, 1).contiguous(), weights  # as torch gives it, so that `view` works
 
 
 def _note(mha: nn.MultiheadAttention, live: Tensor, weights: Tensor | None, is_batched: bool) -> None:
