@@ -127,6 +127,32 @@ def test_documents_added_later_give_what_a_new_database_would(made, corpus, tmp_
     assert (again.added_documents, again.added_chunks) == (0, 0)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+@pytest.mark.parametrize("adds_more", [False, True])
+def test_a_stopped_addition_can_be_dropped(is_deleted, adds_more, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "COMMIT_ROWS", 10)
+    first, db = tmp_path / "words", tmp_path / "db"
+    first.mkdir()
+    (first / "text0.txt").write_bytes((corpus / "text0.txt").read_bytes())
+    before = build(db, [first], settings=SETTINGS, embedder=embedder()).database.num_chunks
+    kept = content(db)
+    (first / "text1.txt").write_bytes((corpus / "text1.txt").read_bytes())
+    with pytest.raises(StopError):
+        build(db, [first], settings=SETTINGS, embedder=embedder(), on_progress=stopping_at("embeddings", 1))
+    (first / "text1.txt").unlink()
+    if is_deleted:
+        (db / building.BUILDING_FILE).unlink()
+    with pytest.raises(ValueError, match="something was added" if is_deleted else "go on, or --begin-again"):
+        build(db, [first], settings=SETTINGS, embedder=embedder())
+    if adds_more:
+        (first / "text2.txt").write_bytes((corpus / "text2.txt").read_bytes())
+    done = build(db, [first], settings=SETTINGS, embedder=embedder(), begin_again=True)
+    assert done.resumed is None and done.added_documents == adds_more
+    assert Database.open(db).num_chunks == before + done.added_chunks
+    if not adds_more:
+        assert content(db) == kept
+
+
 def test_what_does_not_fit_the_database_is_refused(made, corpus, tmp_path):
     path = made.database.path
     with pytest.raises(ValueError, match="has chunk_length 8, asked for was 16"):

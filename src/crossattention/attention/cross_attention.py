@@ -753,13 +753,7 @@ class CrossAttention(nn.Module):
         if context_mask is not None:
             check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
         positions = self._positions_of("context_positions", positions, b.shape[0], b.shape[1], b.device)
-        keys, key_bias = execute.make_keys(self, plan.scores, b, positions)
-        if only_keys or plan.scores == plan.values == "context":
-            values = keys
-        else:
-            values = execute.make_values(self, plan.values, b)
-            if plan.kernel == "fused":
-                keys, values = to_one_width(keys, values)
+        keys, values, key_bias = execute.make_keys_and_values(self, plan, b, positions, only_keys=only_keys)
         if uses >= WRITTEN_OUT_USES and "context" not in (plan.scores, plan.values):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED

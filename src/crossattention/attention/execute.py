@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossattention.attention.blocks import attend_blocks
 from crossattention.attention.dropout import drawn_factors
-from crossattention.attention.fused import attend_fused, widen
+from crossattention.attention.fused import attend_fused, to_one_width, widen
 from crossattention.attention.learned import attend_learned, runs_learned
 from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
@@ -88,6 +88,34 @@ def make_values(layer: CrossAttention, space: str, b: Tensor) -> Tensor:
     values_zmgv = split_heads(_project_unrounded(layer.v_proj, b), layer.kv_heads)
     weight = layer.out_proj.weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)
     return _rounded(_by_head(values_zmgv, weight), b)
+
+
+def make_keys_and_values(
+    layer: CrossAttention,
+    plan: Plan,
+    b: Tensor,
+    positions: Tensor | None,
+    *,
+    only_keys: bool = False,
+    values_of: tuple[CrossAttention, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys (z, g or h or 1, m, c), values (z, g or h or 1, m, w) and the bias of each key, in a plan's spaces.
+
+    Args:
+        layer: whose projections.
+        plan: it names the spaces.
+        b: context (z, m, b).
+        positions: of the context, where a part wants them.
+        only_keys: whether values are not asked for; the keys then stand in their place.
+        values_of: the layer and the context that values are made of, where these are others.
+    """
+    keys, key_bias = make_keys(layer, plan.scores, b, positions)
+    if only_keys or (values_of is None and plan.scores == plan.values == "context"):
+        return keys, keys, key_bias
+    values = make_values(layer, plan.values, b) if values_of is None else make_values(values_of[0], plan.values, values_of[1])
+    if plan.kernel == "fused":
+        keys, values = to_one_width(keys, values)
+    return keys, values, key_bias
 
 
 def _by_head(made_zmgk: Tensor, weight_hck: Tensor) -> Tensor:

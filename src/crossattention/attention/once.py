@@ -34,9 +34,7 @@ class Once(Generic[Value]):
     """
 
     def __init__(self) -> None:
-        self._key: Hashable = None
-        self._held: tuple[Any, ...] = ()
-        self._value: Value | None = None
+        self._kept: tuple[Hashable, tuple[Any, ...], Value] | None = None
 
     def get(self, made_of: Sequence[Tensor | None], make: Callable[[], Value], *also: Hashable) -> Value:
         """The value: kept, or made now.
@@ -59,17 +57,19 @@ class Once(Generic[Value]):
         # A tensor of inference mode must not be met by autograd, so the two modes keep values of their own.
         mode = (torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device) if is_cast else None)
         key = (also, mode, tuple((*fingerprint(tensor), tensor.device) for tensor in tensors))
-        if self._value is None or key != self._key:
-            self._key = self._value = None  # before the next is made, so that two are never held
-            with torch.no_grad():
-                self._value = make()
-            # The tensors themselves are held too: the address of one that is gone may be another's.
-            self._key, self._held = key, tuple(tensors)
-        return self._value
+        kept = self._kept  # read and written at once, so that a thread never meets half of what another one made
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        self._kept = kept = None  # before the next is made, so that two are never held
+        with torch.no_grad():
+            value = make()
+        # The tensors themselves are held too: the address of one that is gone may be another's.
+        self._kept = key, tuple(tensors), value
+        return value
 
     def forget(self) -> None:
         """Drop what is kept."""
-        self._key, self._held, self._value = None, (), None
+        self._kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Once[Value]:
         return Once()

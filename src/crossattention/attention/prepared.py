@@ -177,8 +177,7 @@ class PreparedContext:
     @property
     def nbytes(self) -> int:
         """Bytes that the prepared context keeps alive; B counts once where keys and values are both B."""
-        tensors = {id(t): t for t in (self.keys, self.values, self.key_bias, self.mask, self.positions) if t is not None}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return bytes_of(self.keys, self.values, self.key_bias, self.mask, self.positions)
 
     def __repr__(self) -> str:
         return (
@@ -309,3 +308,9 @@ class PreparedQueries:
 pytree.register_constant(Plan)
 pytree.register_constant(Stamp)
 torch.export.register_dataclass(PreparedContext, serialized_type_name="crossattention.PreparedContext")
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of some tensors; one that comes several times counts once."""
+    held = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from crossattention.attention import attend_varlen, execute
-from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import check_attn_mask, combine_masks, fold_repeats
-from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, PreparedQueries, Stamp
+from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, PreparedQueries, Stamp, bytes_of
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Sequences, check_is_tensor, is_ragged, rows_at, starts_of
 from crossattention.plan import Plan
@@ -81,8 +80,7 @@ class PreparedRagged:
     @property
     def nbytes(self) -> int:
         """Bytes that the prepared contexts keep alive; B counts once where keys and values are both B."""
-        tensors = {id(t): t for t in (self.keys, self.values, self.key_bias, self.mask, self.positions) if t is not None}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return bytes_of(self.keys, self.values, self.key_bias, self.mask, self.positions)
 
     def __repr__(self) -> str:
         return (
@@ -265,13 +263,7 @@ def _prepare(
     positions = given
     if given is None and layer.positions is not None:
         positions = _counted([contexts.lengths[i] for i in order], b.device)
-    keys, key_bias = execute.make_keys(layer, plan.scores, b, positions)
-    if only_keys or plan.scores == plan.values == "context":
-        values = keys
-    else:
-        values = execute.make_values(layer, plan.values, b)
-        if plan.kernel == "fused":
-            keys, values = to_one_width(keys, values)
+    keys, values, key_bias = execute.make_keys_and_values(layer, plan, b, positions, only_keys=only_keys)
     stamp = Stamp.of(layer._token, layer._made_of(plan, keys, values)) if stamped else UNCHECKED
     return PreparedRagged(keys, values, key_bias, mask, given, contexts.lengths, order, plan, stamp)
 

@@ -38,6 +38,7 @@ class IndexArguments:
         pattern: what a file's name must match, as in a shell; '*.py'.
         exact_below: chunks up to which searches look at every embedding; 50000 where it is not given.
         strict: end with an error where a file or document cannot be read.
+        begin_again: drop what a stopped command has made so far; a finished database stays as it was before that command.
         json: print one JSON object in the place of the text.
     """
 
@@ -54,6 +55,7 @@ class IndexArguments:
     pattern: Text = None
     exact_below: Whole = None
     strict: bool = False
+    begin_again: bool = False
     json: bool = False
 
 
@@ -68,7 +70,15 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     settings = Settings(**{name: getattr(given, name) for name in names})
     embedder = embedder_of(given.embedder, given.embedder_tokenizer)
     with showing_steps() as show:
-        done = build(given.out, given.folders, settings=settings, tokenizer=given.tokenizer, embedder=embedder, on_progress=show)
+        done = build(
+            given.out,
+            given.folders,
+            settings=settings,
+            tokenizer=given.tokenizer,
+            embedder=embedder,
+            begin_again=given.begin_again,
+            on_progress=show,
+        )
     for line in done.problems.named:
         print(f"left out: {line}", file=sys.stderr)
     if given.json:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, QueryKeyNorm
+from crossattention.attention.products import is_plain_linear, is_watched
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 """Weight and bias by the name of our projection."""
@@ -32,7 +33,8 @@ class Borrowing:
         value_head_dim: v; default `head_dim`.
         kv_heads: g; default `heads`. Query head i reads key-value head i // (h / g).
         scale: factor of the scores; default head_dim ** -0.5.
-        projections: modules that are used as they are, by the name of our projection: "q_proj", "k_proj", "v_proj", "out_proj".
+        projections: gives the modules that are used as they are, by the name of our projection: "q_proj", "k_proj", "v_proj",
+            "out_proj"; asked at each call, as adapters and quantisation put others in their places.
         lend: gives weight and bias of the other projections; called at each call, in the mode that the call runs in.
         sources: gives the parameters that `lend` gives views of: what is kept of a context is stale after they changed.
         qk_norm: what stands between projections and scores.
@@ -47,7 +49,7 @@ class Borrowing:
     value_head_dim: int | None = None
     kv_heads: int | None = None
     scale: float | None = None
-    projections: Mapping[str, nn.Module] = field(default_factory=dict)
+    projections: Callable[[], Mapping[str, nn.Module]] = dict
     lend: Callable[[], Weights] | None = None
     sources: Callable[[], Sequence[Tensor | None]] | None = None
     qk_norm: QueryKeyNorm | None = None
@@ -66,8 +68,12 @@ class Borrowing:
             first = self._build(self.context_dim)
             same = self.value_context_dim is None or self.value_context_dim == self.context_dim
             layers = local.layers = (first, first if same else self._build(self.value_context_dim or 0, first))
+        modules = layers[0]._modules
+        for name, module in self.projections().items():
+            if modules[name] is not module:
+                for layer in layers:
+                    layer._modules[name] = module
         if self.lend is not None:
-            modules = layers[0]._modules
             for name, (weight, bias) in self.lend().items():
                 held = modules[name]._parameters  # type: ignore[union-attr]
                 held["weight"], held["bias"] = weight, bias  # type: ignore[assignment]
@@ -76,7 +82,7 @@ class Borrowing:
     def weights(self) -> list[Tensor]:
         """Every parameter that the layer computes with, the owner's own objects."""
         found = [] if self.sources is None else [weight for weight in self.sources() if weight is not None]
-        for module in self.projections.values():
+        for module in self.projections().values():
             if type(module) is nn.Linear:
                 found += [weight for weight in module._parameters.values() if weight is not None]
             else:
@@ -100,11 +106,16 @@ class Borrowing:
         ).eval()
         if self.qk_norm is not None:
             layer.qk_norm = self.qk_norm
-        given = self.projections if shares is None else shares._modules
+        given = self.projections() if shares is None else shares._modules
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             if name in given:
                 layer._modules[name] = given[name]
         return layer
+
+    def repeats_itself(self, *projections: nn.Module | None) -> bool:
+        """Whether projections, and the norms after them, give the same again for the same weights: no hooks, no adapters."""
+        norms = () if self.qk_norm is None else self.qk_norm.modules()
+        return all(p is not None and is_plain_linear(p) for p in projections) and not any(is_watched(norm) for norm in norms)
 
 
 def plain_weights(**projections: nn.Module | None) -> str | None:

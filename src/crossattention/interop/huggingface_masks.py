@@ -17,9 +17,7 @@ class Masks:
     """Turns masks, and remembers the last: all layers of a model get the same one."""
 
     def __init__(self) -> None:
-        self._last: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._turned: Tensor | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def read(self, mask: Tensor, rows: int, length: int) -> tuple[Tensor | None, Tensor | None]:
         """A context mask, or a pair mask, of what is masked.
@@ -47,7 +45,7 @@ class Masks:
 
     def forget(self) -> None:
         """Drop what is remembered."""
-        self._last, self._turned = None, None
+        self._last = None
 
     def _as_ours(self, mask: Tensor) -> Tensor:
         """A mask whose lowest numbers forbid: bool where it has no others but zero."""
@@ -55,13 +53,15 @@ class Masks:
             return mask
         if mask.is_inference() or mask.requires_grad:  # without a version, or with a graph of its own
             return forbidding(mask)
-        if self._last is None or self._last() is not mask or self._version != mask._version or self._turned is None:
-            self._turned = forbidding(mask)
-            self._last, self._version = weakref.ref(mask, self._gone), mask._version
-        return self._turned
+        last = self._last  # read and written at once, as other threads turn masks too
+        if last is not None and last[0]() is mask and last[1] == mask._version:
+            return last[2]
+        turned = forbidding(mask)
+        self._last = weakref.ref(mask, self._gone), mask._version, turned
+        return turned
 
-    def _gone(self, last: weakref.ref[Tensor]) -> None:
-        if self._last is last:
+    def _gone(self, gone: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is gone:
             self.forget()
 
 

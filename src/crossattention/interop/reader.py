@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, Once, PreparedContext, PreparedQueries, execute
-from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, combine_masks, fold_repeats
 from crossattention.attention.prepared import UNCHECKED
 from crossattention.interop.borrowing import Borrowing
@@ -66,6 +65,7 @@ class Reader:
         self._plans: dict[Any, Plan] = {}
         value_width = borrowing.value_head_dim or borrowing.head_dim
         self._flops_per_number = 2 * (borrowing.kv_heads or borrowing.heads) * (borrowing.head_dim + value_width)
+        self._has_modules = bool(borrowing.projections())
         self._left: set[tuple[Any, ...]] = set()
         self._ran: dict[tuple[Any, ...], int] = {}
 
@@ -115,8 +115,10 @@ class Reader:
         weights = self.borrowing.weights()
         makes_graph = is_building and any(t.requires_grad for t in (*contexts, *weights))
         trains = makes_graph or (is_building and a.requires_grad)
-        if self.keeps and is_building and not makes_graph:
+        if self.keeps and is_building and not makes_graph and not (trains and _is_checkpointed()):
             arrival, is_again = self._kept.arrival(contexts)
+        if is_again and not self.borrowing.repeats_itself(keys_layer._modules["k_proj"], values_layer._modules["v_proj"]):
+            arrival, is_again = None, False
         plan = self._plan(keys_layer, a, b, uses=KEPT_USES if is_again else 1, trains=trains, explicit=wants_weights)
         prepared, is_kept = None, False
         if arrival is not None and is_again and not plan.scores == plan.values == "context":
@@ -130,7 +132,7 @@ class Reader:
             is_kept = True
         if prepared is None:
             if self.own_is_fused and plan.is_textbook and not must:
-                if makes_graph or not is_building or not self.keeps:
+                if (makes_graph or not is_building or not self.keeps) and len(self._left) < 4096:
                     self._left.add(short)
                 return None
             prepared = _prepare(keys_layer, values_layer, plan, contexts)
@@ -140,9 +142,16 @@ class Reader:
         for listener in watchers_of(self.owner):
             if listener.wants("cross"):
                 listener.take(self.owner, "cross", lambda: keys_layer.score_rows(a, prepared, attn_mask=attn_mask))
-        if a.dim() == 2 and not trains and prepared.plan.scores != "query":  # learned queries are projected once
-            space = prepared.plan.scores
-            a = self._queries.get((a, *weights), lambda: keys_layer.prepare_queries(a, space=space), space)
+        if (
+            a.dim() == 2
+            and not trains
+            and prepared.plan.scores != "query"
+            and self.borrowing.repeats_itself(keys_layer._modules["q_proj"])
+        ):  # learned queries are projected once
+            space, learned = prepared.plan.scores, a
+            held = learned if learned._base is None else learned._base  # the owner's parameter, where they are a view of it
+            view = (learned.data_ptr(), learned.shape, learned.stride())
+            a = self._queries.get((held, *weights), lambda: keys_layer.prepare_queries(learned, space=space), space, view)
         if context_mask is None and attn_mask is None and not wants_weights and keys_layer is values_layer and len(contexts) == 1:
             return Read(keys_layer._attend(a, prepared, None, None))
         return self._read_with(keys_layer, values_layer, a, prepared, attn_mask, wants_weights)
@@ -181,7 +190,7 @@ class Reader:
     def _plan(self, layer: CrossAttention, a: Tensor, b: Tensor, *, uses: int, trains: bool, explicit: bool) -> Plan:
         device = a.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-        forbidden = layer.forbidden() if self.borrowing.projections else self._forbidden_by_parts()
+        forbidden = layer.forbidden() if self._has_modules else self._forbidden_by_parts()
         key = (a.shape, b.shape, uses, trains, explicit, dtype, device, torch.get_num_threads(), forbidden)
         plan = self._plans.get(key)
         if plan is None:
@@ -272,6 +281,11 @@ class Reader:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def _is_checkpointed() -> bool:
+    """Whether a checkpoint runs this, for the first time or again: both must save the same tensors, whatever arrived in between."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _still_fits(kept: Plan, wanted: Plan, planned_length: int, length: int) -> bool:
     """Whether what was made by one plan goes on to be read: a plan that length changed is made anew where it changed by half."""
     return kept == wanted or (kept.is_textbook and wanted.is_textbook) or planned_length / 2 < length < planned_length * 2
@@ -286,13 +300,8 @@ def _prepare(
     written_out: bool = False,
 ) -> PreparedContext:
     """What a plan makes of the context, or of the two that keys and values come from."""
-    keys, key_bias = execute.make_keys(keys_layer, plan.scores, contexts[0], None)
-    if len(contexts) == 1 and plan.scores == plan.values == "context" and keys_layer is values_layer:
-        values = keys
-    else:
-        values = execute.make_values(values_layer, plan.values, contexts[-1])
-        if plan.kernel == "fused":
-            keys, values = to_one_width(keys, values)
+    others = None if len(contexts) == 1 and keys_layer is values_layer else (values_layer, contexts[-1])
+    keys, values, key_bias = execute.make_keys_and_values(keys_layer, plan, contexts[0], None, values_of=others)
     if written_out and "context" not in (plan.scores, plan.values):
         keys, values = keys.contiguous(), values.contiguous()
     return PreparedContext(keys, values, key_bias, None, None, plan, UNCHECKED)

@@ -70,7 +70,7 @@ def _replaceable(module: Any) -> Replaceable:
         head_dim=k,
         out_dim=module.to_out[0].out_features,
         scale=k**-0.5 if is_fused else module.scale,
-        projections={"q_proj": module.to_q, "k_proj": module.to_k, "v_proj": module.to_v, "out_proj": module.to_out[0]},
+        projections=lambda: {"q_proj": module.to_q, "k_proj": module.to_k, "v_proj": module.to_v, "out_proj": module.to_out[0]},
         qk_norm=Norms(module.norm_q, module.norm_k) if has_norms else None,
     )
     reader = Reader(module, borrowing, own_is_fused=is_fused)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossattention.attention.products import is_plain_linear
+from crossattention.attention.products import is_plain_linear, is_watched
 from crossattention.interop import timm as known
 from crossattention.interop.borrowing import Borrowing, Norms, Weights, plain_weights
 from crossattention.interop.reader import Reader
@@ -33,9 +33,9 @@ def find(model: nn.Module) -> Iterator[Replaceable | LeftAlone]:
         if isinstance(module, AttentionPoolLatent) and kind.forward is AttentionPoolLatent.forward:
             yield _pool(module)
         elif isinstance(module, CrossAttention) and kind.forward is CrossAttention.forward:
-            yield _class_token(module, module.wq, module.wk, module.wv)
+            yield _class_token(module, "wq", "wk", "wv")
         elif isinstance(module, ClassAttn) and kind.forward is ClassAttn.forward:
-            yield _class_token(module, module.q, module.k, module.v)
+            yield _class_token(module, "q", "k", "v")
     for module in known.attention_modules(model):
         if not isinstance(module, AttentionPoolLatent | CrossAttention | ClassAttn):
             yield LeftAlone(module, "it reads its own sequence, or in a way of its own")
@@ -46,9 +46,15 @@ def find(model: nn.Module) -> Iterator[Replaceable | LeftAlone]:
 # ------------------------------------------------------------------------------------------------- one class token
 
 
-def _class_token(module: Any, q: nn.Module, k: nn.Module, v: nn.Module) -> Replaceable | LeftAlone:
-    projections = {"q_proj": q, "k_proj": k, "v_proj": v, "out_proj": module.proj}
-    if (why := plain_weights(**projections)) is not None:
+def _class_token(module: Any, *names: str) -> Replaceable | LeftAlone:
+    def projections() -> dict[str, nn.Module]:
+        held = module._modules
+        return {
+            "out_proj": held["proj"],
+            **{ours: held[name] for ours, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True)},
+        }
+
+    if (why := plain_weights(**projections())) is not None:
         return LeftAlone(module, why)
     e = module.proj.in_features
     borrowing = Borrowing(e, e, module.num_heads, e // module.num_heads, scale=module.scale, projections=projections)
@@ -61,7 +67,7 @@ def _run_class_token(module: Any, reader: Reader, own: Callable[..., Any], args:
     if isinstance(x, Tensor) and reader.is_small(x):
         return own(*args, **kwargs)
     drops = module.attn_drop.training and module.attn_drop.p > 0.0
-    if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or x.dim() != 3 or drops or _does_more(module.attn_drop):
+    if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or x.dim() != 3 or drops or is_watched(module.attn_drop):
         return own(*args, **kwargs)
     read = reader.read(x[:, 0:1], x)
     return own(*args, **kwargs) if read is None else module.proj_drop(read.out)
@@ -84,7 +90,7 @@ def _pool(module: Any) -> Replaceable | LeftAlone:
         head_dim=module.head_dim,
         out_dim=module.out_features,
         scale=module.scale,
-        projections={"q_proj": module.q, "out_proj": module.proj},
+        projections=lambda: {"q_proj": module.q, "out_proj": module.proj},
         lend=partial(_lend_kv, module, e),
         sources=lambda: (module.kv.weight, module.kv.bias),
         qk_norm=Norms(module.q_norm, module.k_norm) if has_norms else None,
@@ -110,6 +116,8 @@ def _run_pool(module: Any, reader: Reader, own: Callable[..., Any], args: tuple[
         return own(*args, **kwargs)
     if attn_mask is not None and (not isinstance(attn_mask, Tensor) or not _broadcasts(attn_mask, module, x)):
         return own(*args, **kwargs)
+    if attn_mask is not None and attn_mask.dtype == torch.bool and not module.fused_attn:  # added there, as ones
+        return own(*args, **kwargs)
     b = x if module.pos_embed is None else x + module.pos_embed.unsqueeze(0).to(x.dtype)
     read = reader.read(module.latent[0], b, attn_mask=attn_mask, must=attn_mask is not None and not module.fused_attn)
     if read is None:
@@ -134,8 +142,3 @@ def _broadcasts(mask: Tensor, module: Any, x: Tensor) -> bool:
     right = mask.dtype == torch.bool or mask.is_floating_point()
     fits = mask.dim() <= 4 and all(size in (1, full) for size, full in zip(reversed(mask.shape), reversed(wanted), strict=False))
     return right and fits and mask.device == x.device
-
-
-def _does_more(module: nn.Module) -> bool:
-    """Whether a hook stands on a module whose call a plan leaves out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -21,6 +21,7 @@ from crossattention.attention.cross_attention import PROJECTIONS, CrossAttention
 from crossattention.attention.execute import split_heads
 from crossattention.attention.parts import QueryKeyNorm
 from crossattention.attention.prepared import UNCHECKED, PreparedContext
+from crossattention.attention.products import is_watched as has_hooks
 from crossattention.attention.products import project
 from crossattention.interop.borrowing import Borrowing, plain_weights
 from crossattention.interop.huggingface import attention_modules, bound_arguments, can_cross
@@ -129,7 +130,7 @@ class ModuleReader:
 
     def __init__(self, module: nn.Module, family: Family, generations: Generations, masks: Masks) -> None:
         self._module, self._family, self._generations, self._masks = module, family, generations, masks
-        self._reader = self._reader_now()
+        self._reader = self._make_reader()
         self._ran: Counter[tuple[str, str]] = Counter()
 
     def describe(self) -> list[str]:
@@ -151,11 +152,13 @@ class ModuleReader:
         out = self._read(given)
         return own(*args, **kwargs) if out is None else self._family.gives(out, given)
 
-    def _reader_now(self) -> Reader:
-        """What reads with the projections that the module has now."""
+    def _make_reader(self) -> Reader:
+        """What reads with the module's projections."""
         module, family = self._module, self._family
         h, g, k, v = heads_of(module, family)
-        held = {ours: module._modules[theirs] for ours, theirs in zip(PROJECTIONS, family.projections, strict=True) if theirs}
+        names = {ours: theirs for ours, theirs in zip(PROJECTIONS, family.projections, strict=True) if theirs}
+        none = {} if "out_proj" in names else {"out_proj": nn.Identity()}
+        held = {ours: module._modules[theirs] for ours, theirs in names.items()}
         out_dim = getattr(held.get("out_proj"), "out_features", h * v)
         borrowing = Borrowing(
             query_dim=held["q_proj"].in_features,
@@ -166,18 +169,13 @@ class ModuleReader:
             value_head_dim=v,
             kv_heads=g,
             scale=float(getattr(module, "scaling", k**-0.5)),
-            projections={"out_proj": nn.Identity(), **held},
+            projections=lambda: {**none, **{ours: module._modules[theirs] for ours, theirs in names.items()}},
             qk_norm=None if family.norms is None else _HeldNorms(*(module._modules[name] for name in family.norms)),
         )
         return Reader(module, borrowing, own_is_fused=False, keeps=family not in (PERCEIVER, DETR))
 
     def _layer(self) -> CrossAttention:
-        """The layer over the projections that the module has now: they may have been replaced, as by adapters."""
-        held, has = self._reader.borrowing.projections, self._module._modules
-        for ours, theirs in zip(PROJECTIONS, self._family.projections, strict=True):
-            if theirs and held[ours] is not has[theirs]:
-                self._reader = self._reader_now()
-                break
+        """The layer over the projections that the module has now."""
         return self._reader.borrowing.layers()[0]
 
     def _read(self, given: Given) -> Tensor | None:
@@ -217,7 +215,7 @@ class ModuleReader:
             or given.get("output_attentions")
             or given.get("position_bias") is not None
             or given.get("is_causal")
-            or (module.training and _probability(getattr(module, self._family.dropout, 0.0)) > 0.0)
+            or _drops(module, getattr(module, self._family.dropout, 0.0))
             or getattr(getattr(module, "config", None), "_attn_implementation", None) not in KERNELS
             or type(a) not in (Tensor, nn.Parameter)
             or weights_are_collected()
@@ -377,8 +375,11 @@ def _grows(cache: Any) -> bool:
     return type(cache).__name__ == "DynamicCache" and not getattr(cache, "offloading", False)
 
 
-def _probability(dropout: Any) -> float:
-    return float(getattr(dropout, "p", dropout))
+def _drops(owner: nn.Module, dropout: Any) -> bool:
+    """Whether weights are dropped, or a hook looks at them there; some owners call their dropout, which may train by itself."""
+    if not isinstance(dropout, nn.Module):
+        return owner.training and float(dropout) > 0.0
+    return has_hooks(dropout) or ((owner.training or dropout.training) and float(getattr(dropout, "p", 0.0)) > 0.0)
 
 
 def _live_rows(context_mask: Tensor | None, pairs: Tensor | None, batch: int, rows: int, length: int) -> Tensor | None:

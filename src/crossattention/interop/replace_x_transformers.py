@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import Once
-from crossattention.attention.products import is_plain_linear
+from crossattention.attention.products import is_plain_linear, is_watched
 from crossattention.interop.borrowing import Borrowing, Weights, plain_weights
 from crossattention.interop.reader import Reader
 from crossattention.interop.replacement import LeftAlone, Replaceable, is_checking, note_live
@@ -88,9 +88,7 @@ def _replaceable(module: Any) -> Replaceable:
     h, g = module.heads, module.kv_heads
     k, v = module.to_k.out_features // g, module.to_v.out_features // g
     permutes = 1 < g < h
-    projections = {"q_proj": module.to_q, "k_proj": module.to_k, "v_proj": module.to_v, "out_proj": module.to_out}
-    if permutes:
-        projections = {name: projections[name] for name in ("k_proj", "v_proj")}
+    names = {"k_proj": "to_k", "v_proj": "to_v"} | ({} if permutes else {"q_proj": "to_q", "out_proj": "to_out"})
     is_identity = isinstance(module.to_out, nn.Identity)
     borrowing = Borrowing(
         query_dim=module.to_q.in_features,
@@ -101,7 +99,7 @@ def _replaceable(module: Any) -> Replaceable:
         value_head_dim=v,
         kv_heads=g,
         scale=module.attend.scale if module.attend.scale is not None else k**-0.5,
-        projections=projections,
+        projections=lambda: {ours: module._modules[theirs] for ours, theirs in names.items()},
         lend=_Permuted(module, k, v) if permutes else None,
         sources=(lambda: (module.to_q.weight, module.to_out.weight)) if permutes else None,
     )
@@ -139,7 +137,9 @@ def _run(
     names = ("x", "context", "mask", "context_mask", "attn_mask", "return_intermediates")
     x, context, mask, context_mask, attn_mask, wants_more = (given.pop(name, None) for name in names)
     is_plain = len(args) <= 5 and all(value is None or value is False for value in given.values())
-    drops = module.attend.training and module.attend.dropout > 0.0
+    attend, dropout = module.attend, module.attend.attn_dropout  # one kernel of theirs drops by itself, one calls the module
+    drops = (attend.training or dropout.training) and attend.dropout > 0.0
+    drops = drops or is_watched(attend) or is_watched(dropout)
     if not (is_plain and isinstance(x, Tensor) and isinstance(context, Tensor)) or drops or x.dim() != 3:
         return own(*args, **kwargs)
     if permutes and not (is_plain_linear(module.to_q) and is_plain_linear(module.to_out)):

@@ -51,7 +51,7 @@ from crossattention.retrieval.embed import (
 )
 from crossattention.retrieval.extras import need
 from crossattention.retrieval.search import IvfConfig, Search, add_to_index, train_index
-from crossattention.retrieval.store import ArrayWriter, Extent, locked, new_file, read_json, sha256_of, write_json
+from crossattention.retrieval.store import ArrayWriter, Extent, flush_folder, locked, new_file, read_json, sha256_of, write_json
 from crossattention.retrieval.tokenizer import load_tokenizer, pad_id_of, train_tokenizer
 
 STEPS = ("tokenizer", "tokens", "counts", "embeddings", "index", "neighbours", "done")
@@ -147,6 +147,7 @@ def build(
     settings: Settings = Settings(),
     tokenizer: str | Path | None = None,
     embedder: Embedder | None = None,
+    begin_again: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Built:
     """Make a chunk database of text, go on with one that was interrupted, or add to one the documents that it does not hold.
@@ -157,6 +158,7 @@ def build(
         settings: how it is made.
         tokenizer: a tokenizer.json; without it a BPE is trained on the text, or, for a database that exists, its own is taken.
         embedder: what turns chunks into vectors; without it `NgramEmbedder`, counted on the first documents.
+        begin_again: drop what a stopped build has made so far; a finished database stays as it was before that build.
         on_progress: is told how far each step has come.
 
     Returns:
@@ -176,6 +178,8 @@ def build(
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         build_ = _Build(path, settings, None if tokenizer is None else Path(tokenizer), embedder, on_progress or _quiet)
+        if begin_again:
+            build_.drop_unfinished()
         return build_.run(folders)
 
 
@@ -203,6 +207,17 @@ class _Build:
         """The settings, with nothing left open."""
         found: dict[str, Any] = self.state["settings"]
         return found
+
+    def drop_unfinished(self) -> None:
+        """Cut off what a stopped build has made, unless all of it was made."""
+        file = self.path / BUILDING_FILE
+        if file.is_file() and read_json(file)["step"] == "done":
+            return
+        if self.before is not None:
+            for name in self.before["arrays"]:
+                ArrayWriter(*array_of(self.path, self.before, name)).close()
+        file.unlink(missing_ok=True)
+        flush_folder(self.path)
 
     def run(self, folders: Sequence[str | Path]) -> Built:
         """All steps."""
@@ -308,16 +323,14 @@ class _Build:
             differing = sorted({value["name"] for value in (*asked, *begun) if (value in asked) != (value in begun)})
             raise ValueError(
                 f"{self.path} holds an unfinished build of other documents: {len(differing):,} differ, among them "
-                f"{', '.join(differing[:5])}; give the same folders, as they were, to go on, or delete "
-                f"{self.path / BUILDING_FILE} to "
-                "begin again"
+                f"{', '.join(differing[:5])}; give the same folders, as they were, to go on, or --begin-again (begin_again=True)"
             )
         for name, value in settings.items():
             if value != pending["state"]["settings"][name]:
                 raise ValueError(
                     f"{self.path} holds an unfinished build with {name} {pending['state']['settings'][name]!r}, asked "
                     f"for was {value!r}: "
-                    f"go on with the same, or delete {self.path / BUILDING_FILE} to begin again"
+                    "go on with the same, or --begin-again (begin_again=True)"
                 )
 
     def _begin(self, settings: dict[str, Any], listing: Listing, added: list[Source]) -> None:

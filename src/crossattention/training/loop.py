@@ -265,6 +265,12 @@ class _Run:
             self.folder.restore()
         self.processes.wait()
         newest = self.folder.load_newest()
+        steps = self.processes.from_all(None if newest is None else newest[0].facts["progress"]["step"])
+        if any(step != steps[0] for step in steps):
+            raise ValueError(
+                f"the processes found checkpoints of different steps in {self.folder.path}: {', '.join(map(str, steps))}; "
+                "the run's folder must be on a disk that all machines share"
+            )
         if newest is None:
             return None
         state, self.resumed_from = newest
