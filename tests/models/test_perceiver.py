@@ -195,7 +195,7 @@ def test_the_position_part_of_keys_and_values_is_kept_where_images_are_projected
     model.encoder.attention.plan = "textbook"
     model.encoder._parts.forget()
     assert_close(model(inputs), wanted)
-    assert (model.encoder._parts._value is None) == torch.is_grad_enabled()
+    assert (model.encoder._parts._kept is None) == torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -240,7 +240,7 @@ def test_what_is_kept_is_not_saved_and_not_copied() -> None:
         wanted = model(inputs)
     assert set(model.state_dict()) == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.encoder._parts._value is None
+        assert other.encoder._parts._kept is None
         with torch.no_grad():
             assert_close(other(inputs), wanted)
 
