@@ -88,13 +88,11 @@ def decoder_prefixes(batch: int, memory_length: int, steps: int) -> tuple[nn.Mod
 
 
 def multihead(batch: int, n: int, m: int, need_weights: bool) -> tuple[nn.Module, Callable[[nn.Module], object]]:
-    """`torch.nn.MultiheadAttention` on a context that is another one each time."""
-    query, contexts, turn = torch.randn(batch, n, 512), [torch.randn(batch, m, 512) for _ in range(2)], [0]
+    """`torch.nn.MultiheadAttention` on two contexts in turn, so that each is another one than the last."""
+    query, contexts = torch.randn(batch, n, 512), [torch.randn(batch, m, 512) for _ in range(2)]
 
     def run(model: nn.Module) -> object:
-        turn[0] ^= 1
-        context = contexts[turn[0]]
-        return model(query, context, context, need_weights=need_weights)[0]
+        return [model(query, context, context, need_weights=need_weights)[0] for context in contexts]
 
     return nn.MultiheadAttention(512, 8, batch_first=True), run
 
@@ -125,7 +123,7 @@ def training(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], object]]]
         def step(model: nn.Module) -> object:
             model.zero_grad()
             out = run(model)
-            out.square().sum().backward()
+            sum(tensor.square().sum() for tensor in (out if isinstance(out, list) else [out])).backward()
             return out
 
         return model, step
