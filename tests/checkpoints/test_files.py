@@ -46,6 +46,15 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    metadata = {name: f'{name} "ü" \n' for name in "step seed config recipe".split()}
+    for number in range(8):
+        write_safetensors(tmp_path / f"{number}.safetensors", some_tensors(), metadata=metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_metadata(tmp_path / "0.safetensors") == metadata
+    assert_same(read_safetensors(tmp_path / "0.safetensors"), some_tensors())
+
+
 def test_transposed_tensors_and_views_of_one_memory_come_back_with_their_values(tmp_path):
     whole = torch.arange(6.0).reshape(2, 3)
     tensors = {"whole": whole, "transposed": whole.T, "row": whole[1], "other_row": whole[0]}

@@ -64,6 +64,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], *, metada
             beside.touch()
             permissions = beside.stat().st_mode  # those that the user's new files have; the library's are private
             save_file(stored, beside, metadata=header)
+            _sort_metadata(beside)
             beside.chmod(permissions)
         except SafetensorError as error:  # the library's own type hides that the disk is full or the folder gone
             raise OSError(f"could not write {path}: {error}") from error
@@ -247,6 +248,18 @@ def _each_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         stored[name] = (tensor.clone() if storage in storages else tensor).to("cpu").contiguous()
         storages.add(storage)
     return stored, aliases
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order: the library writes them as its hash table happens to hold them."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        sorted_header = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(sorted_header) == length:  # only its order is ours to change: what the library escapes otherwise stays
+            file.seek(8)
+            file.write(sorted_header)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
