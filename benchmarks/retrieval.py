@@ -67,8 +67,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     rows["train"], _ = timed("training the index", lambda: train_index(vectors, config, trained))
     rows["add"], _ = timed("adding", lambda: add_to_index(trained, vectors, 0, given.vectors, shard, lambda row: None))
     codes = shard.stat().st_size / given.vectors
-    rows["bytes"] = {"index": codes, "embedding": 2 * given.dim}
-    print(f"bytes a vector: {codes:.1f} in the index, {2 * given.dim} as its embedding", flush=True)
+    # A chunk's row in each array of a database (retrieval/building.py): 64 tokens of 2 bytes, length, bytes, document; neighbours.
+    rows["bytes"] = {"index": codes, "embedding": 2 * given.dim, "tokens": 64 * 2 + 2 + 4 + 4, "table": K * (4 + 4 + 2)}
+    told = ", ".join(f"{size:,.1f} {what}" for what, size in rows["bytes"].items())
+    print(f"bytes a chunk: {told}; {sum(rows['bytes'].values()):,.1f} in all", flush=True)
 
     rows["exact"], (_, truth) = timed("exact search", lambda: Search(vectors).nearest(queries, K), count=given.queries)
     found = []

@@ -237,3 +237,48 @@ def test_copies_in_the_neighbours_are_learned_to_be_used(tmp_path: Path) -> None
     assert scores["bits_per_byte"] < 0.9 * scores["bits_per_byte_off"]
     assert scores["bits_per_byte_random"] > 0.95 * scores["bits_per_byte_off"]
     assert isinstance(load_run(tmp_path / "run").model, Retro) and isinstance(task.database, Database)
+
+
+def test_a_changed_corpus_gets_another_database_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "one.txt").write_text("a")
+    config = RetroTextConfig(data=text)
+    first = recipe._database_folder(config)
+    assert recipe._database_folder(config) == first
+    (text / "one.txt").write_text("ab")
+    second = recipe._database_folder(config)
+    (text / "two.txt").write_text("c")
+    third = recipe._database_folder(config)
+    assert len({first, second, third}) == 3
+    assert recipe._database_folder(RetroTextConfig(data=text, pattern="one.*")) not in {first, second, third}
+
+
+def test_another_pattern_than_the_databases_is_refused(db: Path) -> None:
+    with pytest.raises(ValueError, match=r"was made with pattern='\*', asked for was '\*\.md'"):
+        recipe.open_database(RetroTextConfig(db=db, pattern="*.md"))
+
+
+def test_an_embedder_that_is_missing_is_asked_for_at_once(db: Path) -> None:
+    database = Database.open(db, verify=False)
+    arrays = {name: entry for name, entry in database.state["arrays"].items() if name != "counts"}
+    for source, told in (
+        (None, r"needs it: give it \(--embedder PATH\)"),
+        ("gone/bert", r"read from gone/bert, which is not there"),
+    ):
+        state = {**database.state, "arrays": arrays, "embedder": {**database.state["embedder"], "source": source}}
+        with pytest.raises(ValueError, match=told):
+            recipe.with_embedder(Database(db, state))
+    assert recipe.with_embedder(database) is database
+
+
+def test_an_epochs_order_is_drawn_once(task: RetroTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [task.batch_at(step).indices for step in (0, 1)]
+    task.windows._epoch = None
+    drawn = []
+    own = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or own(seed))
+    assert [task.batch_at(step).indices for step in (0, 1)] == wanted and len(drawn) == 1
+    task.batch_at(task.steps_per_epoch)
+    assert len(drawn) == 2 and task.batch_at(0).indices == wanted[0]

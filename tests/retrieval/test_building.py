@@ -219,3 +219,39 @@ def test_more_neighbours_than_there_are_chunks_are_none(made):
     assert ((found.ids >= 0).sum(1) == total - own).all() and (found.ids[:, total - own :] == -1).all()
     copies = database.retrieve(database.chunks(slice(0, 2)), total, longest_run=0)
     assert copies.runs.max() == 0
+
+
+def test_the_list_of_files_is_written_once_beside_the_state(corpus, tmp_path, monkeypatch):
+    written = []
+    own = building.write_json
+
+    def seen(path, value):
+        written.append((path.name, "sources" in value))
+        own(path, value)
+
+    monkeypatch.setattr(building, "write_json", seen)
+    build(tmp_path / "db", [corpus], settings=SETTINGS, embedder=embedder())
+    assert [name for name, has_sources in written if has_sources] == [building.SOURCES_FILE]
+    assert [name for name, _ in written].count(building.BUILDING_FILE) > 4
+    assert not (tmp_path / "db" / building.SOURCES_FILE).exists()
+
+
+def test_how_many_chunks_an_index_was_trained_on():
+    assert building._trained_rows({"rows": 7, "trained": {"file": "index-trained-5.faiss"}}) == 7
+    assert building._trained_rows({"trained": {"file": "index-trained-300.faiss"}}) == 300
+
+
+def test_an_approximate_index_is_trained_anew_when_the_database_has_outgrown_it(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, exact_below=20, neighbours=0)
+    folders = [write_corpus(tmp_path / f"words{number}", sentences=16, seed=number) for number in range(3)]
+    monkeypatch.setattr(building, "RETRAIN_GROWTH", 2.5)
+    trained = []
+    for folder in folders:
+        database = build(tmp_path / "db", [folder], settings=settings, embedder=embedder()).database
+        trained.append(database.state["index"]["rows"])
+        assert database.state["index"]["shards"][-1]["end"] == database.num_chunks
+    chunks = database.num_chunks
+    assert trained[0] == trained[1] < 255 + chunks // 2 and trained[2] == chunks
+    found, _ = database.search(np.asarray(database.embeddings[-5:], np.float32), 1)
+    assert (np.asarray(database.embeddings)[found[:, 0]] == np.asarray(database.embeddings[-5:])).all()
+    assert len(list((tmp_path / "db").glob("index-*.faiss"))) == 2

@@ -1,5 +1,7 @@
 """Files of a database: rows count once they are committed, and what is wrong with a file is named."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,19 @@ def test_one_process_writes_at_a_time(tmp_path):
             pass
     with locked(tmp_path):
         pass
+
+
+def test_who_waits_for_a_folder_gets_it_when_it_is_free(tmp_path):
+    order = []
+
+    def second():
+        with locked(tmp_path, wait=True):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with locked(tmp_path):
+        other.start()
+        other.join(0.05)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]

@@ -198,6 +198,7 @@ class ChunkWindows:
         if not firsts:
             raise ValueError(f"the {len(documents)} documents hold no chunk")
         self._firsts, self._counts = np.asarray(firsts), np.asarray(counts)
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self._firsts)
@@ -210,15 +211,22 @@ class ChunkWindows:
     def batch_at(self, step: int) -> ChunkBatch:
         """The batch of a step, counted from 0; the last of an epoch is filled up from its beginning."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        generator = np.random.default_rng((self.seed, epoch))
-        order = generator.permutation(len(self))
-        is_read = generator.random(len(self)) >= self.unread
+        order, is_read = self._order_of(epoch)
         rows = order[np.arange(place * self.batch_size, (place + 1) * self.batch_size) % len(self)]
         numbers = _numbers(self._firsts[rows], self._counts[rows], self.chunks)
         ids = None
         if self.neighbourhood is not None and self.k:
             ids = self.neighbourhood.nearest(np.where(is_read[rows, None], numbers[:, :-1], -1), self.k)
         return batch_of(self.database, numbers, ids, indices=rows.tolist())
+
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows' order in an epoch, and which of them read; kept, so that a step costs the same whatever their number."""
+        held = self._epoch
+        if held is None or held[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(len(self))
+            self._epoch = held = (epoch, order, generator.random(len(self)) >= self.unread)
+        return held[1], held[2]
 
 
 def windows_of(database: Database, documents: np.ndarray, *, chunks: int, stride: int) -> Iterator[Window]:

@@ -41,6 +41,8 @@ class BertEmbedder:
             raise ValueError(f"expected a BERT encoder at {name} to embed chunks with, found a {type(model).__name__}")
         self.model = model.eval().requires_grad_(False)
         place = find_source(name)
+        # Where it is to be found again, by whom is not told; not part of what it is, which its hashes say.
+        self.source = str(Path(name).resolve()) if Path(name).exists() else str(name)
         folder = place if place.is_dir() else place.parent
         self.tokenizer, self._tokenizer_sha256 = _bert_tokenizer(folder if tokenizer is None else Path(tokenizer), str(name))
         if self.tokenizer.get_vocab_size() > model.config.vocab_size:

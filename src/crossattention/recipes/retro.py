@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -191,8 +192,8 @@ def open_database(config: RetroTextConfig) -> Database:
     is_made = (place / STATE_FILE).is_file()
     embedder = _embedder_of(config)
     if is_made and (config.data is None or config.db is None):
-        database = Database.open(place, verify=False, embedder=embedder)
-        for name in ("same", "vocab_size"):
+        database = with_embedder(Database.open(place, verify=False, embedder=embedder))
+        for name in ("same", "vocab_size", "pattern"):
             asked, own = getattr(config, name), database.state["settings"][name]
             if asked is not None and asked != own:
                 raise ValueError(
@@ -205,15 +206,39 @@ def open_database(config: RetroTextConfig) -> Database:
         pattern=config.pattern or ("*.py" if config.data is None else None),
         same=config.same,
     )
-    return build(place, _text_of(config), settings=settings, embedder=embedder).database
+    # Of the processes of one run the first that comes builds; the others wait, and find it built.
+    is_shared = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return with_embedder(build(place, _text_of(config), settings=settings, embedder=embedder, wait=is_shared).database)
+
+
+def with_embedder(database: Database) -> Database:
+    """A database that can embed what a model writes: one made with a BERT gets it from where it was, if it is there.
+
+    Raises:
+        ValueError: it is not there, or another stands there now.
+    """
+    if database.has_embedder:
+        return database
+    source = database.state["embedder"].get("source")
+    if source is not None and Path(source).exists():
+        from crossattention.recipes.chunk_embedder import BertEmbedder
+
+        database.use_embedder(BertEmbedder(source))
+        return database
+    where = f"; it was read from {source}, which is not there" if source is not None else ""
+    raise ValueError(
+        f"the database in {database.path} was made with an embedder that it does not hold, and a model that reads it needs it"
+        f"{where}: "
+        "give it (--embedder PATH)"
+    )
 
 
 def _database_folder(config: RetroTextConfig) -> Path:
-    """Where it lies: where it is said, or in the cache, a folder for each text and each way to read it."""
+    """Where it lies: where it is said, or in the cache, a folder for each text as it is now and each way to read it."""
     if config.db is not None:
         return config.db
     source = Path(sysconfig.get_paths()["stdlib"]) if config.data is None else config.data
-    key = [str(source.resolve()), config.pattern, config.same, config.embedder, config.vocab_size]
+    key = [str(source.resolve()), config.pattern, config.same, config.embedder, config.vocab_size, _state_of_text(config)]
     return user_cache("retro") / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
@@ -224,6 +249,17 @@ def _text_of(config: RetroTextConfig) -> list[Path]:
     entries = sorted(Path(sysconfig.get_paths()["stdlib"]).iterdir())
     pattern = config.pattern or "*.py"
     return [path for path in entries if (path.is_dir() and path.name not in NO_SOURCE) or fnmatchcase(path.name, pattern)]
+
+
+def _state_of_text(config: RetroTextConfig) -> str:
+    """A hash of the names, sizes and times of the files to read: what was edited, added or removed is another text."""
+    pattern, found = config.pattern or ("*.py" if config.data is None else "*"), hashlib.sha256()
+    for root in _text_of(config):
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if fnmatchcase(path.name, pattern) and path.is_file():
+                facts = path.stat()
+                found.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
 
 
 def _embedder_of(config: RetroTextConfig) -> Any:
@@ -532,7 +568,7 @@ class RetroRun(Run):
             facts["path"], verify=False, embedder=_embedder_of(self.config), tokenizer_sha256=facts["tokenizer_sha256"]
         )
         database.require(embedder_sha256=facts["embedder_sha256"])
-        return database
+        return with_embedder(database)
 
     @cached_property
     def writer(self) -> Writer:

@@ -8,8 +8,9 @@
     neighbours  the table of each chunk's neighbours, its own document left out
 
 `building.json` says how far it has come: which step, where in the documents, how many rows of each array count. It is replaced, in
-one step, each time some thousands of rows have been flushed to the disk. At the end its state becomes `database.json`, in one step;
-until then readers see the database as it was before. Nothing but a list of files is held in memory whole.
+one step, each time some thousands of rows have been flushed to the disk; the list of files, which may be long, is written once,
+beside it. At the end its state becomes `database.json`, in one step; until then readers see the database as it was before. Nothing
+but a list of files is held in memory whole.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ from crossattention.retrieval.store import ArrayWriter, Extent, flush_folder, lo
 from crossattention.retrieval.tokenizer import load_tokenizer, pad_id_of, train_tokenizer
 
 STEPS = ("tokenizer", "tokens", "counts", "embeddings", "index", "neighbours", "done")
+SOURCES_FILE = "building-sources.json"
 COMMIT_ROWS = 1 << 16
 COMMIT_QUERIES = 1 << 14
 EMBED_ROWS = 4096
 QUERY_ROWS = 2048
 SHARD_ROWS = 1 << 20
+RETRAIN_GROWTH = 4
+"""An approximate index is trained anew when the database has so many times the chunks that it was trained on."""
 
 OnProgress = Callable[[str, int, int], None]
 """Is told the step, how much of it is done, and how much there is: bytes for list, tokenizer and tokens, chunks for the others."""
@@ -148,6 +152,7 @@ def build(
     tokenizer: str | Path | None = None,
     embedder: Embedder | None = None,
     begin_again: bool = False,
+    wait: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Built:
     """Make a chunk database of text, go on with one that was interrupted, or add to one the documents that it does not hold.
@@ -159,6 +164,7 @@ def build(
         tokenizer: a tokenizer.json; without it a BPE is trained on the text, or, for a database that exists, its own is taken.
         embedder: what turns chunks into vectors; without it `NgramEmbedder`, counted on the first documents.
         begin_again: drop what a stopped build has made so far; a finished database stays as it was before that build.
+        wait: where another process builds in the folder, wait until it has ended, and go on from there; else that is an error.
         on_progress: is told how far each step has come.
 
     Returns:
@@ -176,7 +182,7 @@ def build(
     need("tokenizers", "chunk databases")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with locked(path, wait=wait):
         build_ = _Build(path, settings, None if tokenizer is None else Path(tokenizer), embedder, on_progress or _quiet)
         if begin_again:
             build_.drop_unfinished()
@@ -213,6 +219,7 @@ class _Build:
         file = self.path / BUILDING_FILE
         if file.is_file() and read_json(file)["step"] == "done":
             return
+        (self.path / SOURCES_FILE).unlink(missing_ok=True)
         if self.before is not None:
             for name in self.before["arrays"]:
                 ArrayWriter(*array_of(self.path, self.before, name)).close()
@@ -223,7 +230,7 @@ class _Build:
         """All steps."""
         if self.before is not None:
             Database(self.path, self.before).check(verify=False)
-        pending = read_json(self.path / BUILDING_FILE) if (self.path / BUILDING_FILE).is_file() else None
+        pending = self._pending()
         if pending is not None and pending["step"] == "done":
             self.building = pending
             self._finish()  # it was killed between its last two actions
@@ -258,6 +265,15 @@ class _Build:
         return Built(Database.open(self.path, verify=False), grown["document_ends"], grown["tokens"], problems, self.resumed)
 
     # ------------------------------------------------------------------------------------------------------ before the steps
+
+    def _pending(self) -> dict[str, Any] | None:
+        """What a stopped build has written down; None where there was none."""
+        if not (self.path / BUILDING_FILE).is_file():
+            return None
+        found: dict[str, Any] = read_json(self.path / BUILDING_FILE)
+        if "sources" not in found:
+            found["sources"] = read_json(self.path / SOURCES_FILE)["sources"]
+        return found
 
     def _settings(self, held: dict[str, Any]) -> dict[str, Any]:
         """The settings: those given, else the database's, else the defaults."""
@@ -344,6 +360,7 @@ class _Build:
             "problems": listing.problems.to_json(),
             "state": state,
         }
+        write_json(self.path / SOURCES_FILE, {"sources": self.building["sources"]})
         self._save()
 
     def _check_tools(self) -> None:
@@ -435,6 +452,8 @@ class _Build:
             embedder = self.embedder
         description = json.loads(json.dumps(dict(embedder.description)))
         self.state["embedder"] = {"sha256": embedder_sha256(description), "dim": embedder.dim, "description": description}
+        if isinstance(source := getattr(embedder, "source", None), str):
+            self.state["embedder"]["source"] = source
         self._save()
 
     def _embeddings(self) -> None:
@@ -465,12 +484,12 @@ class _Build:
             return
         file, extent = array_of(self.path, self.state, "embeddings")
         vectors = file.read(extent)
-        if index["kind"] == "exact":
+        if index["kind"] == "exact" or total >= RETRAIN_GROWTH * _trained_rows(index):
             config = IvfConfig.of(total, vectors.shape[1])
             trained = self.path / f"index-trained-{total}.faiss"
             self.on_progress("index", 0, total)
             train_index(vectors, config, trained)
-            index = {"kind": "ivf-pq", "config": vars(config), "trained": _file_facts(trained), "shards": []}
+            index = {"kind": "ivf-pq", "config": vars(config), "trained": _file_facts(trained), "rows": total, "shards": []}
             self.state["index"] = index
             self._save()
         shards = index["shards"]
@@ -479,7 +498,7 @@ class _Build:
             is_full = not shards or shards[-1]["end"] - shards[-1]["begin"] >= SHARD_ROWS
             begin = (shards[-1]["end"] if shards else 0) if is_full else shards.pop()["begin"]
             end = min(begin + SHARD_ROWS, total)
-            shard = self.path / f"index-{begin}-{end}.faiss"
+            shard = self.path / f"index-{begin}-{end}-of-{_trained_rows(index)}.faiss"  # beside those that readers have open
             add_to_index(
                 self.path / index["trained"]["file"],
                 vectors,
@@ -541,12 +560,14 @@ class _Build:
             self.on_progress(step, stop, end)
 
     def _save(self) -> None:
-        write_json(self.path / BUILDING_FILE, self.building)
+        is_apart = (self.path / SOURCES_FILE).is_file()  # not of a build that was begun by an earlier version
+        write_json(self.path / BUILDING_FILE, {k: v for k, v in self.building.items() if not is_apart or k != "sources"})
 
     def _finish(self) -> None:
         """Make the state the database's, and delete what only the one before it used."""
         write_json(self.path / STATE_FILE, self.state)
         (self.path / BUILDING_FILE).unlink()
+        (self.path / SOURCES_FILE).unlink(missing_ok=True)
         used = {entry["file"] for entry in self.state["arrays"].values()}
         index = self.state["index"]
         used |= {part["file"] for part in (index.get("trained"), *index.get("shards", ())) if part}
@@ -732,6 +753,11 @@ class _TableStep:
 def _is_exact(chunks: int, exact_below: int) -> bool:
     """Whether searches look at every embedding; codes of 8 bits are trained on at least 256 of them."""
     return chunks <= max(exact_below, 255)
+
+
+def _trained_rows(index: dict[str, Any]) -> int:
+    """On how many chunks an approximate index was trained, which earlier versions said in the file's name alone."""
+    return int(index.get("rows") or index["trained"]["file"].removesuffix(".faiss").rpartition("-")[2])
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

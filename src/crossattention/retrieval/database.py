@@ -375,6 +375,11 @@ class Database:
         self._embedder = embedder
 
     @property
+    def has_embedder(self) -> bool:
+        """Whether it can embed texts: by its own stored counts, or by an embedder that was given."""
+        return self._embedder is not None or "counts" in self.state["arrays"]
+
+    @property
     def embedder(self) -> Embedder:
         """What turns chunks into vectors: the default one, made again from its stored counts, or the one that was given.
 

@@ -109,7 +109,11 @@ class ArrayFile:
             ours = self.header()[len(MAGIC) :].rstrip(b"\0\n").decode()
             raise ValueError(f"{self.path} is of another database, or damaged: its header is {theirs}, expected {ours}")
         if size > expected and not may_be_longer:
-            raise ValueError(f"{self.path} is damaged: it holds {size:,} bytes, expected {expected:,}; something was added to it")
+            raise ValueError(
+                f"{self.path} is damaged: it holds {size:,} bytes, expected {expected:,}; something was added to it. "
+                "Where a build that added documents was stopped and its building.json is gone, nothing says which rows count: put "
+                "that file back and run the same `crossattention index` again, or use another copy of the database"
+            )
 
     def verify(self, extent: Extent) -> None:
         """Read every row and compare the checksums.
@@ -295,11 +299,15 @@ def check_file(path: Path, size: int, sha256: str, *, verify: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one process that writes; the system lets go of it when the process ends, however it ends.
 
+    Args:
+        folder: the folder.
+        wait: until another process that writes in it has ended.
+
     Raises:
-        ValueError: another process writes in it.
+        ValueError: another process writes in it, and `wait` is False.
     """
     try:
         import fcntl
@@ -308,7 +316,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ValueError(f"another process builds the database in {folder}: wait for it, or stop it") from error
         yield
