@@ -104,7 +104,7 @@ class RetroTextConfig:
         same: pattern on document names: documents in which its groups find the same do not find each other, and stand on one side
             of the split; 'models/([^/]+)/'.
         embedder: a BERT to embed chunks with, by folder or id; without it, hashed n-grams weighted by TF-IDF.
-        vocab_size: tokens of the tokenizer that is trained; 8192 where it is not given.
+        vocab_size: tokens of the tokenizer that is trained; 4096 where it is not given.
         neighbours: neighbours that a chunk reads; 0 trains the plain language model.
         chunks: chunks of a window, 64 tokens each.
         unread: share of the training windows that get no neighbours, so that the model learns to do without.
@@ -122,9 +122,9 @@ class RetroTextConfig:
     embedder: str | None = None
     vocab_size: int | None = None
     neighbours: int = 2
-    chunks: int = 4
-    unread: float = 0.1
-    batch_size: int = 16
+    chunks: int = 8
+    unread: float = 0.05
+    batch_size: int = 8
     evaluation_windows: int = 48
     test_windows: int = 400
     retro_fit: Path | None = None
@@ -169,7 +169,7 @@ class RetroTextConfig:
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults."""
-    return TrainConfig(minutes=30, learning_rate=2e-3, optimizer="muon", warmup_steps=100)
+    return TrainConfig(minutes=30, learning_rate=3e-3, optimizer="muon", warmup_steps=100)
 
 
 def config_from_json(fields: Mapping[str, Any]) -> RetroTextConfig:
@@ -201,7 +201,7 @@ def open_database(config: RetroTextConfig) -> Database:
                 )
         return database
     settings = Settings(
-        vocab_size=config.vocab_size or (None if is_made else 8192),
+        vocab_size=config.vocab_size or (None if is_made else 4096),
         pattern=config.pattern or ("*.py" if config.data is None else None),
         same=config.same,
     )
