@@ -365,8 +365,8 @@ class RelativeLogits(PositionPart):
     def begin_at(self, head: int, distance: int, *, score: float = 6.0, reach: int = 64) -> None:
         """Give a head weights with which it first of all looks at one distance, whatever stands there.
 
-        A query at p then adds about `score` (with the usual scale, 1 over the root of the width) to the context position p - distance
-        and next to nothing to the others within reach. Training is free to change it. Needs the bias.
+        A query at p then adds about `score` (with the usual scale, 1 over the root of the width) to the context position that lies
+        `distance` before it, and next to nothing to the others within reach. Training is free to change it. Needs the bias.
 
         Args:
             head: which head, counted from 0.
