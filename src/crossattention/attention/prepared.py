@@ -92,7 +92,7 @@ KEPT_CONTEXT = "context"
 
 
 def _print_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """The fingerprint of what stands under a name; of a B that is kept, that of its memory: engines hand on aliases of what is given."""
+    """The fingerprint of what stands under a name; of a B that is kept, that of its memory, as engines hand on aliases."""
     return fingerprint(tensor)[1:] if name == KEPT_CONTEXT else fingerprint(tensor)
 
 

@@ -129,8 +129,8 @@ def _naming_the_lost(group: dist.ProcessGroup) -> Iterator[None]:
         said = next(iter(str(error).splitlines()), "")
         raise ConnectionError(
             f"of the {dist.get_world_size(group)} processes that share this context one has ended, failed, or did not come to the "
-            "same call in the group's time (all must call the layer in the same order, with queries of one shape); look at what the "
-            f"others say, and start all again. The collective call said: {said}"
+            "same call in the group's time (all must call the layer in the same order, with queries of one shape); look at what "
+            f"the others say, and start all again. The collective call said: {said}"
         ) from error
 
 
@@ -198,7 +198,7 @@ class ContextShard:
     Args:
         local: (z, m of this process, b).
         mesh: a mesh of one dimension, or a process group.
-        shards: how the whole lies, where that is known: from another `ContextShard` of the same lengths. No collective call is made.
+        shards: how the whole lies, where that is known from another `ContextShard` of the same lengths: no collective call then.
 
     Raises:
         TypeError: `local` is no dense tensor, or `mesh` neither a mesh nor a group.

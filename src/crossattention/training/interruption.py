@@ -50,6 +50,17 @@ class Interruption:
         finally:
             self._raises = False
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside this block, within `at_once`, a signal waits for the end: for what must not be cut in two, as a collective call."""
+        raises, self._raises = self._raises, False
+        try:
+            yield
+        finally:
+            self._raises = raises
+        if raises and self.signal_number:
+            raise KeyboardInterrupt
+
     def answer(self, signal_number: int) -> BaseException:
         """The exception that ends the run: KeyboardInterrupt for SIGINT, SystemExit with the shell's code for SIGTERM."""
         self._answered = True
