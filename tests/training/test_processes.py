@@ -120,7 +120,8 @@ def test_two_processes_score_what_one_scores(recipe, tmp_path):
     [one] = lines_of(done.stdout)
     [first], [second] = (lines_of(said) for said in run_processes(PROGRAM, 2, [recipe, str(data), "evaluate"]))
     assert first["metrics"] == second["metrics"] == one["metrics"]
-    assert one["batches"] == first["batches"] + second["batches"] and min(first["batches"], second["batches"]) > 0
+    assert one["batches"] == first["batches"] + second["batches"]
+    assert second["batches"] > 0 or one["batches"] == 1
     assert first["sample"] and not second["sample"]
 
 

@@ -97,7 +97,7 @@ def _events(
 ) -> Iterator[Event]:
     is_main = processes.is_first
     lost = naming_a_lost_process(processes.count, lambda: f"The run can be resumed: {_newest(folder)}")
-    with folder.locked() if is_main else nullcontext(), Interruption() as interruption, lost:
+    with folder.locked() if is_main else nullcontext(), Interruption(has_launcher=processes.count > 1) as interruption, lost:
         run = _Run(task, config, folder, description, processes, interruption, resume=resume)
         try:
             for event in run.events():
