@@ -160,6 +160,38 @@ def test_an_example_runs_both_ways_and_is_told(decoder, inputs):
             assert "2 replaced methods ran" in changes.checked and changes.checked in str(changes)
 
 
+class Remembering(nn.Module):
+    """It says how often it was called with a cache, which it writes to."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tgt, memory, cache):
+        cache.append(self.decoder(tgt, memory))
+        return {"states": torch.cat(cache, 1), "said": f"{len(cache)} steps", "cache": cache}
+
+
+def test_a_cache_in_the_example_is_another_one_for_each_run(decoder, inputs):
+    cache = [inputs[0]]
+    with speed_up(Remembering(decoder), example=(*inputs, cache)) as changes:
+        assert "2 replaced methods ran" in changes.checked and len(cache) == 1
+
+
+def test_texts_and_caches_of_the_output_are_compared_too(decoder, inputs, monkeypatch):
+    class Telling(Remembering):
+        def forward(self, tgt, memory, cache):
+            out = super().forward(tgt, memory, cache)
+            return {**out, "said": "by a plan" if "forward" in decoder.layers[0].multihead_attn.__dict__ and not runs else "own"}
+
+    runs = []
+    model = Telling(decoder)
+    model.register_forward_hook(lambda *args: runs.append(1))
+    with pytest.raises(ValueError, match=r"it gives 'by a plan' instead of 'own' at \['said'\], though every replaced call agreed"):
+        speed_up(model, example=(*inputs, []))
+    assert forwards(decoder) == []
+
+
 def test_the_example_leaves_modes_and_random_numbers(decoder, inputs):
     decoder.train()
     decoder.layers[1].eval()

@@ -515,3 +515,42 @@ def test_masks_are_turned_into_ours() -> None:
     assert masks.read(padding, 1, 4)[1] is once
     padding[0, 0, 0, 0] = lowest
     assert not masks.read(padding, 1, 4)[1][0, 0, 0, 0]
+
+
+def test_masks_that_forbid_nothing_are_none() -> None:
+    masks, added = Masks(), torch.zeros(2, 1, 1, 3)
+    assert masks.read(added, 1, 1) == (None, None) == masks.read(torch.ones(2, 1, 4, 3, dtype=torch.bool), 1, 4)
+    added[1, 0, 0, 2] = -torch.inf
+    assert masks.read(added, 1, 1)[0].tolist() == [[True] * 3, [True, True, False]]
+
+
+# ----------------------------------------------------------------------------------------- nothing to gain
+
+
+def plans_of(changes: Any) -> list[Any]:
+    return [plans for one in changes._replacements for plans in one.what.plans]
+
+
+@slow
+@pytest.mark.parametrize(("make", "read"), [(bart, read_text), (bert, read_text), (detr, read_pixels), (qformer, read_by_queries)])
+def test_calls_whose_plan_is_the_module_s_own_run_its_code(make: Callable[[], nn.Module], read: Run) -> None:
+    model = drawn(make())
+    faster, changes = sped_up(model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(read(faster)[0], read(model)[0])
+    assert all("none has run yet" in plans.describe()[0] for plans in plans_of(changes))
+    model.set_attn_implementation("eager")
+    faster.set_attn_implementation("eager")
+    assert_close(read(faster)[0], read(model)[0])
+    assert not all("none has run yet" in plans.describe()[0] for plans in plans_of(changes)) or make is qformer
+
+
+@slow
+def test_one_short_source_for_each_row_is_left_and_beams_are_not() -> None:
+    model = drawn(bart())
+    faster, changes = sped_up(model)
+    assert torch.equal(generate(faster), generate(model))
+    assert all("none has run yet" in plans.describe()[0] for plans in plans_of(changes))
+    assert torch.equal(generate(faster, num_beams=3), generate(model, num_beams=3))
+    assert all("(kept) x" in plans.describe()[0] for plans in plans_of(changes))

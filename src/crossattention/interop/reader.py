@@ -100,6 +100,7 @@ class Reader:
             return True
         if (self._passed is not None and self._passed() is b) or self._kept.was_last(b):
             return False
+        self._kept.forget()
         self._passed = weakref.ref(b)
         return True
 

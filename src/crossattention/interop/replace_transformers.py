@@ -52,7 +52,7 @@ STEP_SECONDS = 2e-4
 
 OWN_FORWARD = (
     "modules of transformers run their own forward where attention weights are asked for or recorded, while they train with "
-    "attention dropout, with caches of a fixed size, and where attn_implementation is \"sdpa\" and no plan is estimated to be "
+    'attention dropout, with caches of a fixed size, and where attn_implementation is "sdpa" and no plan is estimated to be '
     "clearly quicker than that"
 )
 
@@ -157,7 +157,7 @@ class ModuleReader:
         return own(*args, **kwargs) if out is None else self._family.gives(out, given)
 
     def _passes(self, given: Given) -> bool:
-        """Whether nothing is gained over the module's own forward, as far as few questions tell: steps of a generation are short."""
+        """Whether nothing is gained over the module's own forward, as far as few questions tell: steps are short."""
         if not self._own_is_as_quick(given):
             return False
         family, b = self._family, given.get(self._family.context)
