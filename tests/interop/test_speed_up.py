@@ -115,6 +115,25 @@ def test_a_copy_and_a_pickled_model_are_plain_and_can_be_sped_up(decoder, inputs
         assert_close(decoder(*inputs), expected)
 
 
+def test_replicas_of_data_parallel_run_their_own_methods(decoder, inputs):
+    with speed_up(decoder):
+        for model in (decoder, copy.deepcopy(decoder), copy.deepcopy(copy.deepcopy(decoder))):
+            module = model.layers[0].multihead_attn
+            assert "forward" in module.__dict__
+            replica = module._replicate_for_data_parallel()
+            assert type(replica) is nn.MultiheadAttention and replica.forward.__self__ is replica
+            assert replica._replicate_for_data_parallel.__self__ is replica
+        assert torch.equal(nn.DataParallel(decoder)(*inputs), decoder(*inputs))
+    assert "_replicate_for_data_parallel" not in decoder.layers[0].multihead_attn.__dict__
+    with pytest.raises(TypeError, match="the model is a DataParallel, which runs copies of its model; speed up and call its"):
+        speed_up(nn.DataParallel(decoder))
+
+
+def test_a_pickled_model_needs_no_library_to_be_read(decoder):
+    with speed_up(decoder):
+        assert b"crossattention" not in pickle.dumps(decoder)
+
+
 def test_moving_casting_and_loading_afterwards(decoder, inputs):
     with speed_up(decoder), torch.no_grad():
         for _ in range(2):

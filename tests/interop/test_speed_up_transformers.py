@@ -176,6 +176,18 @@ def test_weights_that_are_asked_for_come_from_the_module_s_own_forward() -> None
     assert len(read_text(faster).cross_attentions) == 2
 
 
+def test_hooks_read_the_weights_that_eager_attention_gives() -> None:
+    model = drawn(bart())
+    model.set_attn_implementation("eager")
+    faster, changes = sped_up(model)
+    read_text(faster)
+    seen: list[Tensor] = []
+    for m in (model, faster):
+        m.get_submodule(changes.replaced[0]).register_forward_hook(lambda module, args, out: seen.append(out[1]))
+        read_text(m)
+    assert torch.equal(*seen)
+
+
 @slow
 def test_dropout_draws_what_it_drew() -> None:
     model = drawn(bart(attention_dropout=0.5, dropout=0.0)).train()

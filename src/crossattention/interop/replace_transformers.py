@@ -51,7 +51,8 @@ STEP_SECONDS = 2e-4
 """What a step by a plan is to gain over the fused kernel of the module itself, whose step calls less Python."""
 
 OWN_FORWARD = (
-    "modules of transformers run their own forward where attention weights are asked for or recorded, while they train with "
+    "modules of transformers run their own forward where attention weights are asked for or recorded, where a hook on the module "
+    "may read those that eager attention gives, while they train with "
     'attention dropout, with caches of a fixed size, and where attn_implementation is "sdpa" and no plan is estimated to be '
     "clearly quicker than that"
 )
@@ -261,8 +262,14 @@ class ModuleReader:
             or getattr(getattr(module, "config", None), "_attn_implementation", None) not in KERNELS
             or type(a) not in (Tensor, nn.Parameter)
             or weights_are_collected()
+            or (module._forward_hooks and self._gives_weights())
             or not self._weights_fit(a)
         )
+
+    def _gives_weights(self) -> bool:
+        """Whether the module's own forward gives its weights with its output, though nobody asks for them."""
+        config = getattr(self._module, "config", None)
+        return self._family.has_kernels and getattr(config, "_attn_implementation", None) in (None, "eager")
 
     def _weights_fit(self, a: Tensor) -> bool:
         """Whether the query projection takes such queries: plain weights of their dtype and device, or under autocast."""
