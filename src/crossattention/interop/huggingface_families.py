@@ -143,7 +143,7 @@ def reads_itself(module: nn.Module, name: str) -> bool:
         return True
     if family_of(module) is QFORMER:
         return "attention" in path and "crossattention" not in path
-    return path[-1] in SELF_ATTENTION
+    return any(part in SELF_ATTENTION for part in path[-2:])  # some hold what attends as "self"
 
 
 def heads_of(module: nn.Module, family: Family) -> tuple[int, int, int, int]:

@@ -69,6 +69,7 @@ class Reader:
         self._has_modules = bool(borrowing.projections())
         self._left: set[tuple[Any, ...]] = set()
         self._passed: weakref.ref[Tensor] | None = None
+        self.left_calls = 0
         self._ran: dict[tuple[Any, ...], int] = {}
 
     # ------------------------------------------------------------------------------------------------- one call
@@ -97,11 +98,13 @@ class Reader:
         if (query_shape, context_shape, b.dtype, is_building, wants_weights) not in self._left:
             return False
         if not self.keeps or is_building:
+            self.left_calls += 1
             return True
         if (self._passed is not None and self._passed() is b) or self._kept.was_last(b):
             return False
         self._kept.forget()
         self._passed = weakref.ref(b)
+        self.left_calls += 1
         return True
 
     def read(
@@ -144,6 +147,7 @@ class Reader:
             passed, self._passed = self._passed, None
             is_again = is_again or (passed is not None and passed() is (arrived or contexts)[0])
         if short in self._left and not must and not is_again:
+            self.left_calls += 1
             return None
         keys_layer, values_layer = self.borrowing.layers()
         if not self._fits(keys_layer, values_layer, a, contexts):
@@ -170,6 +174,7 @@ class Reader:
             if (self.own_is_fused if own_is_fused is None else own_is_fused) and plan.is_textbook and not must:
                 if (makes_graph or not is_building or not self.keeps) and len(self._left) < 4096:
                     self._left.add(short)
+                self.left_calls += 1
                 return None
             prepared = _prepare(keys_layer, values_layer, plan, contexts)
         if context_mask is not None:
@@ -274,14 +279,15 @@ class Reader:
         )
         groups = "" if of.kv_heads in (None, of.heads) else f" ({of.kv_heads} key-value heads)"
         line = f"width {of.query_dim} reads {context}, {of.heads} heads{groups} of {of.head_dim}"
+        left = f"; {self.left_calls} calls left to its own forward, as quick there" if self.left_calls else ""
         if not self._ran:
-            return [f"{line}: plan chosen by size at each call; none has run yet"]
+            return [f"{line}: plan chosen by size at each call; none has run yet{left}"]
         times: dict[tuple[str, bool], int] = {}
         for (plan, _, _, is_kept), count in self._ran.items():
             times[str(plan), is_kept] = times.get((str(plan), is_kept), 0) + count
         ran = ", ".join(f"{plan}{' (kept)' if is_kept else ''} x {count}" for (plan, is_kept), count in times.items())
         a, b = next(reversed(self._ran))[1:3]
-        return [f"{line}: plan by size; ran {ran}; last {tuple(a)} on {tuple(b)}"]
+        return [f"{line}: plan by size; ran {ran}; last {tuple(a)} on {tuple(b)}{left}"]
 
     # ------------------------------------------------------------------------------------------------- border
 

@@ -165,7 +165,9 @@ class ModuleReader:
         if family.cache == "encoder-decoder" and (cross := _growing_cross_cache(cache := _cache_of(given))) is not None:
             # The textbook's keys and values are in the cache, or will be: what is kept of a source are others, or fewer.
             is_filled = bool(cache.is_updated.get(self._module.layer_idx)) and len(cross.layers) > self._module.layer_idx
-            return is_filled or (isinstance(b, Tensor) and not self._gains_by_keeping(b))
+            is_left = is_filled or (isinstance(b, Tensor) and not self._gains_by_keeping(b))
+            self._reader.left_calls += is_left
+            return is_left
         a = given.get("hidden_states")
         return isinstance(a, Tensor) and isinstance(b, Tensor) and self._reader.passes(a.shape, b, b.shape)
 
