@@ -6,8 +6,9 @@ RETRO-pytorch 0.3.9 is installed by `pip install --no-deps retro-pytorch==0.3.9 
 does not use, is answered by an empty module. It ignores `heads` (always 8): here its encoder and decoder are built with the number
 that is asked for. Both models have the same widths, layers, heads, chunks, neighbours and vocabulary, and read neighbours in the
 same layers; RETRO-pytorch has one embedding for both stacks, as ours has here. A training step is the forward pass, the loss and
-the backward pass. Sampling continues a prompt by tokens drawn at temperature 1, with neighbours from a function that costs nothing;
-RETRO-pytorch's runs its own `TrainingWrapper.generate`. Calls run in turn, in shuffled order; figures are medians.
+the backward pass, each by the model's own loss: labels given to ours, `return_loss` to RETRO-pytorch's. Sampling continues a prompt
+by tokens drawn at temperature 1, with neighbours from a function that costs nothing; RETRO-pytorch's runs its own
+`TrainingWrapper.generate`. Calls run in turn, in shuffled order; figures are medians.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from machine import machine, print_machine, versions
 from timing import interleaved, peak_megabytes, tensor_megabytes
 from torch import Tensor
@@ -118,14 +118,17 @@ def inputs_of(size: Size) -> tuple[Tensor, Tensor]:
 def steps_of(size: Size) -> dict[str, Callable[[], None]]:
     """A training step of each."""
     ids, neighbours = inputs_of(size)
+    mine, theirs = ours_of(size).train(), theirs_of(size).train()
 
-    def step(model: torch.nn.Module) -> None:
-        logits = model(ids[:, :-1], neighbours)
-        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        model.zero_grad(set_to_none=True)
+    def my_step() -> None:
+        (mine(ids[:, :-1], neighbours, labels=ids[:, 1:]) / ids[:, 1:].numel()).backward()
+        mine.zero_grad(set_to_none=True)
 
-    models = {"ours": ours_of(size).train(), PEER: theirs_of(size).train()}
-    return {name: functools.partial(step, model) for name, model in models.items()}
+    def their_step() -> None:
+        theirs(ids, neighbours, return_loss=True).backward()
+        theirs.zero_grad(set_to_none=True)
+
+    return {"ours": my_step, PEER: their_step}
 
 
 def samplers_of(size: Size, new_tokens: int) -> dict[str, Callable[[], Tensor]]:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossattention import CrossAttention, Plan, PlanError, SelfAttention
 from crossattention.attention.parts import QueryKeyNorm
+from crossattention.layers import norms
 from crossattention.layers.norms import QueryKeyLayerNorm, QueryKeyRMSNorm, RMSNorm
 from crossattention.layers.positions import Rotary
 from crossattention.plan import ALL_PLANS
@@ -120,3 +122,28 @@ def test_the_rms_norm_is_torchs() -> None:
     x = torch.randn(3, 6)
     assert torch.equal(ours(x), theirs(x))
     assert RMSNorm(6, elementwise_affine=False)(x).square().mean(-1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.3, None])
+def test_the_root_mean_square_norm_has_torchs_gradients_in_blocks(eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(norms, "_BLOCK", 18)
+    norm = RMSNorm(6, eps=eps).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(3, 7, 6, dtype=torch.float64)
+    out, wanted = norm(x), F.rms_norm(x, (6,), norm.weight, eps)
+    assert_close(out, wanted)
+    pairs = zip(*(torch.autograd.grad(y, (x, norm.weight), gradient) for y in (out, wanted)), strict=True)
+    for mine, theirs in pairs:
+        assert_close(mine, theirs)
+    assert out.grad_fn.name() != wanted.grad_fn.name()
+
+
+def test_the_root_mean_square_norm_can_be_differentiated_twice() -> None:
+    norm = RMSNorm(5).double()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda a, w: torch.func.functional_call(norm, {"weight": w}, (a,)), (x, norm.weight))
+    norm.weight.requires_grad_(False)
+    (first,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    assert first.requires_grad

@@ -501,3 +501,24 @@ def test_wrong_steps_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_labels_give_the_cross_entropy_of_the_logits(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = Retro(replace(SMALL, tied=tied), dtype=torch.float64)
+    ids, labels = torch.randint(13, (2, 9)), torch.randint(13, (2, 9))
+    labels[1, 4:] = -100
+    neighbours = torch.randint(13, (2, 9 // SMALL.chunk_length, 2, 3))
+    logits = model(ids, neighbours)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    found = model(ids, neighbours, labels=labels)
+    assert_close(found, wanted)
+    for mine, whole in zip(*(torch.autograd.grad(y, list(model.parameters())) for y in (found, wanted)), strict=True):
+        assert_close(mine, whole)
+    if model.out_proj is not None:  # a head that something looks at is called
+        model.out_proj.register_forward_hook(lambda module, given, out: 2 * out)
+        doubled = torch.nn.functional.cross_entropy(2 * logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        assert_close(model(ids, neighbours, labels=labels), doubled)
+    with pytest.raises(ValueError, match=r"labels must be one for each token, \(2, 9\), got \(2, 8\)"):
+        model(ids, neighbours, labels=labels[:, 1:])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import execute
+from crossattention.attention.by_distance import attend_by_distance, runs_by_distance
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
@@ -768,6 +769,10 @@ class CrossAttention(nn.Module):
                 return execute.attend_plainly(self, a, prepared.keys, prepared.values)
             if self._is_plain_read_of_b(a, prepared):
                 return execute.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
+        if isinstance(a, Tensor) and attn_mask is None and execute.learns_scores(self.positions):
+            out = self._attend_by_distance(a, prepared, query_positions)
+            if out is not None:
+                return out
         joins = self._joins_key_bias(prepared)
         queries, mask = self._meet(a, prepared, attn_mask, query_positions, adds_key_bias=not joins)
         keys = prepared.keys
@@ -776,6 +781,24 @@ class CrossAttention(nn.Module):
             queries, keys = execute.join_key_bias(queries, keys, prepared.key_bias / self.scale)
         dropout = self.dropout if self.training else 0.0
         out = execute.execute(self, prepared.plan, queries, keys, prepared.values, mask, dropout)
+        return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
+
+    def _attend_by_distance(self, a: Tensor, prepared: PreparedContext, query_positions: Tensor | None) -> Tensor | None:
+        """The output where the position part is a table of distances that projected queries meet; None where it is not."""
+        plan = prepared.plan
+        is_textbook = plan.scores == plan.values == "head" and self.qk_norm is None and not (self.training and self.dropout)
+        if self.positions is None or not is_textbook or prepared.positions is None or torch.compiler.is_compiling():
+            return None
+        queries, _, positions = self._ask(a, prepared, query_positions)
+        assert positions is not None
+        values = prepared.values[..., : self.value_head_dim]
+        if not runs_by_distance(queries, prepared.keys, values):
+            return None
+        distances = self.positions.distances(queries, positions, prepared.positions)
+        if distances is None:
+            return None
+        read = attend_by_distance(queries, prepared.keys, values, distances, scale=self.scale, mask=prepared.mask)
+        out = execute.finish(self, "head", read, None, values.dtype)
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
 
     def _joins_key_bias(self, prepared: PreparedContext | PreparedRagged) -> bool:

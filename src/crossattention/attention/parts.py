@@ -7,11 +7,38 @@ positions, k head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from crossattention.plan import Forbidden
+
+
+@dataclass(frozen=True)
+class Run:
+    """Positions start, start + 1, ... of some length, one after the other or, as of neighbours laid end to end, again and again."""
+
+    start: int
+    length: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Logits of distances for runs of queries and context positions, as `attention.by_distance` wants them.
+
+    Args:
+        rows: where the queries stand.
+        columns: where the context stands.
+        table: (u, h, k), what queries meet of each distance, the furthest first, down to the nearest or to 0.
+        bias: (h, k), added to the queries before; None for none.
+    """
+
+    rows: Run
+    columns: Run
+    table: Tensor
+    bias: Tensor | None
 
 
 class PositionPart(nn.Module):
@@ -43,6 +70,19 @@ class PositionPart(nn.Module):
         the content scores, for parts whose logits are scaled alike.
         """
         raise NotImplementedError(f"{type(self).__name__} says adds_to_scores but has no score_bias")
+
+    def distances(
+        self, queries: Tensor, query_positions: Tensor | Run, context_positions: Tensor | Run, *, from_zero: bool = False
+    ) -> Distances | None:
+        """What `score_bias` adds, where it is a product of the queries with a table of distances; None where it is not.
+
+        Args:
+            queries: the projected queries (z, h, n, k).
+            query_positions: as of `score_bias`, or the run that they are.
+            context_positions: likewise.
+            from_zero: whether only distances from 0 on are asked for, as in causal attention.
+        """
+        return None
 
 
 class QueryKeyNorm(nn.Module):

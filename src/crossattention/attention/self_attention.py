@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import execute
+from crossattention.attention.by_distance import attend_by_distance, causal_spans, runs_by_distance
 from crossattention.attention.cross_attention import (
     biased_projections,
     check_is_tensor,
@@ -33,7 +34,7 @@ from crossattention.attention.masks import (
     score_dtype_of,
     to_score_dtype,
 )
-from crossattention.attention.parts import PositionPart, QueryKeyNorm
+from crossattention.attention.parts import PositionPart, QueryKeyNorm, Run
 from crossattention.attention.products import is_traced, is_transformed, project
 
 
@@ -159,18 +160,6 @@ def _is_quicker_written_out(queries: Tensor, keys: Tensor, values: Tensor) -> bo
     if has_two_widths:
         return scores <= SCORES_OF_TWO_WIDTHS
     return width >= 96 and scores <= FEW_SCORES and not torch.is_grad_enabled()
-
-
-SPAN = 128
-"""Rows of causal attention that are written out together: fewer meet fewer keys that they may not read, in smaller products."""
-
-
-def _causal_spans(num_rows: int, context_length: int, offset: int) -> list[tuple[int, int, int]]:
-    """Stretches of rows, each with the number of keys up to its last row: begin, end, keys. One inside graphs."""
-    if torch.compiler.is_compiling() or num_rows < 2 * SPAN:
-        return [(0, num_rows, context_length)]
-    ends = [*range(SPAN, num_rows - SPAN // 2, SPAN), num_rows]
-    return [(begin, end, offset + end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class SelfAttention(nn.Module):
@@ -324,10 +313,14 @@ class SelfAttention(nn.Module):
         placed = execute.place_queries(self, queries, self._positions(x, offset, x.shape[1]))
         dropout = self.dropout if self.training else 0.0
         learns = execute.learns_scores(self.positions)
+        if learns and attn_mask is None and dropout == 0.0:
+            whole = self._attend_by_distance(placed, keys, values, mask, offset)
+            if whole is not None:
+                return project(self.out_proj, whole.transpose(1, 2).flatten(2))
         kernel = "explicit" if learns or _is_quicker_written_out(queries, keys, values) else "fused"
         spans = [(0, x.shape[1], keys.shape[2])]
         if learns and self.is_causal and mask is None and attn_mask is None and dropout == 0.0:
-            spans = _causal_spans(x.shape[1], keys.shape[2], offset)
+            spans = causal_spans(x.shape[1], keys.shape[2], offset)
         read = []
         for begin, end, length in spans:
             score_mask = self._mask(x[:, begin:end], queries[:, :, begin:end], keys[:, :, :length], mask, attn_mask, offset + begin)
@@ -335,6 +328,19 @@ class SelfAttention(nn.Module):
             read.append(execute.attend_heads(*some, score_mask, scale=self.scale, dropout=dropout, kernel=kernel)[0])
         whole = read[0] if len(read) == 1 else torch.cat(read, 2)
         return project(self.out_proj, whole.transpose(1, 2).flatten(2))
+
+    def _attend_by_distance(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, offset: int) -> Tensor | None:
+        """What is read, (z, h, n, v), where the position part is a table of distances; None where other ways are to be taken."""
+        if self.positions is None or self.qk_norm is not None or not runs_by_distance(queries, keys, values):
+            return None
+        if self.is_causal and mask is not None:
+            return None
+        rows, columns = Run(offset, queries.shape[2]), Run(0, keys.shape[2])
+        distances = self.positions.distances(queries, rows, columns, from_zero=self.is_causal)
+        if distances is None:
+            return None
+        how = {"scale": self.scale, "mask": mask, "is_causal": self.is_causal}
+        return attend_by_distance(queries, keys, values, distances, **how)
 
     def _mask(
         self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int

@@ -9,14 +9,13 @@ Legend: z batch, n queries, m context positions, h heads, g key-value heads, k h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from crossattention.attention.once import Once
-from crossattention.attention.parts import Forbidden, PositionPart
+from crossattention.attention.parts import Distances, Forbidden, PositionPart, Run
 from crossattention.attention.products import is_traced, is_transformed
 
 
@@ -292,14 +291,28 @@ class RelativeLogits(PositionPart):
             return self._by_angles(queries, query_positions, context_positions)
         return self._by_table(queries, query_positions, context_positions, self.max_distance)
 
-    def _has_cheap_table(self, queries: Tensor, rows: _Run, columns: _Run) -> bool:
+    def distances(
+        self, queries: Tensor, query_positions: Tensor | Run, context_positions: Tensor | Run, *, from_zero: bool = False
+    ) -> Distances | None:
+        """The table of distances of two runs, where it is worth its projection."""
+        if type(self).score_bias is not RelativeLogits.score_bias or "score_bias" in self.__dict__:
+            return None  # the logits are somebody else's
+        rows = query_positions if isinstance(query_positions, Run) else _run_of(query_positions)
+        columns = context_positions if isinstance(context_positions, Run) else _run_of(context_positions)
+        if rows is None or columns is None or not self._has_cheap_table(queries, rows, columns):
+            return None
+        furthest = rows.start + rows.length - 1 - columns.start
+        nearest = 0 if from_zero else furthest - (rows.length + columns.length - 2)
+        return Distances(rows, columns, self._projected(furthest, nearest, queries), self.bias)
+
+    def _has_cheap_table(self, queries: Tensor, rows: Run, columns: Run) -> bool:
         """Whether projecting the distances is kept, or costs less than bringing the queries to the sinusoids' width."""
         if self.max_distance is not None or not torch.is_grad_enabled():
             return True
         asked = queries.shape[0] * queries.shape[2]
         return (rows.length + columns.length - 1) * self.head_dim <= asked * (self.head_dim + columns.length)
 
-    def _by_runs(self, queries: Tensor, rows: _Run, columns: _Run) -> Tensor:
+    def _by_runs(self, queries: Tensor, rows: Run, columns: Run) -> Tensor:
         """Each query meets every distance of the two runs, furthest first; each row, one further along, is then the next pairs'.
 
         The distance of row i and column j is furthest - (n - 1 - i + j): row i is read from column n - 1 - i on.
@@ -399,16 +412,7 @@ class RelativeLogits(PositionPart):
         return f"heads={self.heads}, head_dim={self.head_dim}, max_distance={self.max_distance}"
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Positions start, start + 1, ... of some length, one after the other or, as of neighbours laid end to end, again and again."""
-
-    start: int
-    length: int
-    count: int
-
-
-def _run_of(positions: Tensor) -> _Run | None:
+def _run_of(positions: Tensor) -> Run | None:
     """The run that positions (n,) are; None if they are none, or if asking for their values would hold up a device or a graph."""
     if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return None
@@ -417,11 +421,11 @@ def _run_of(positions: Tensor) -> _Run | None:
     breaks = (positions.diff() != 1).nonzero()
     start, total = int(positions[0]), len(positions)
     if not len(breaks):
-        return _Run(start, total, 1)
+        return Run(start, total, 1)
     length = int(breaks[0]) + 1
     if total % length or not torch.equal(positions.view(-1, length), positions[:length].expand(total // length, -1)):
         return None
-    return _Run(start, length, total // length)
+    return Run(start, length, total // length)
 
 
 def _rounded_away(distance: int) -> int:

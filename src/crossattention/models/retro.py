@@ -51,7 +51,9 @@ from torch import Tensor, nn
 
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.prepared import PreparedContext
+from crossattention.attention.products import is_plain_linear
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
+from crossattention.layers.cross_entropy import summed_cross_entropy
 from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import ACTIVATIONS, FeedForward
 from crossattention.layers.norms import RMSNorm
@@ -513,8 +515,15 @@ class Retro(Pretrained, nn.Module):
 
     # --------------------------------------------------------------------------------------------------- running
 
-    def forward(self, ids: Tensor, neighbours: Tensor | None = None, neighbour_mask: Tensor | None = None) -> Tensor:
-        """Logits of every next token.
+    def forward(
+        self,
+        ids: Tensor,
+        neighbours: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every next token, or what they cost.
 
         Args:
             ids: tokens (z, n); any length.
@@ -522,10 +531,12 @@ class Retro(Pretrained, nn.Module):
                 retrieval off.
             neighbour_mask: bool, of the same shape, True = a real token; a neighbour without one is none, and a chunk may have no
                 neighbour at all. Without a mask all are real.
+            labels: the next tokens (z, n), -100 where none is scored: the sum of their cross-entropies in nats is returned, and
+                the logits are never whole (`layers.cross_entropy`).
 
         Returns:
-            Logits (z, n, V); those at position i are for token i + 1. The neighbours of chunk u bear on positions u c + c - 1 to
-            u c + 2 c - 2.
+            Logits (z, n, V), or with labels one number; those at position i are for token i + 1. The neighbours of chunk u bear on
+            positions u c + c - 1 to u c + 2 c - 2.
 
         Raises:
             ValueError: ids that are not integers of these shapes, neighbours longer than the config's, neighbours for a model that
@@ -544,7 +555,7 @@ class Retro(Pretrained, nn.Module):
                 update = layer.cross_attention(layer.cross_attention_norm(x), states, found.mask)
                 x = layer.dropout(update, x)
             x = layer.transform(x)
-        return self._logits(x)
+        return self._logits(x) if labels is None else self._nats(x, labels)
 
     def step(
         self,
@@ -630,6 +641,17 @@ class Retro(Pretrained, nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return F.linear(x, self.embedding.weight) if self.out_proj is None else self.out_proj(x)
+
+    def _nats(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The summed cross-entropy of what `_logits` gives."""
+        _check_ids("labels", labels, 2, "(batch, length)")
+        if labels.shape != x.shape[:2]:
+            raise ValueError(f"labels must be one for each token, {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
+        if self.out_proj is not None and not is_plain_linear(self.out_proj):
+            logits = self._logits(x)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten().long(), reduction="sum")
+        return summed_cross_entropy(self.norm(x), self.embedding.weight if self.out_proj is None else self.out_proj.weight, labels)
 
     # ---------------------------------------------------------------------------------------------- continuation
 

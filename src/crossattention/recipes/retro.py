@@ -311,9 +311,8 @@ class RetroTask:
     def loss(self, model: nn.Module, batch: ChunkBatch) -> Tensor:
         """The cross-entropy of the real tokens but each window's first; mean, in nats."""
         neighbours = (batch.neighbours, batch.neighbour_mask) if batch.neighbours.shape[2] else ()
-        logits = model(batch.ids[:, :-1], *neighbours)
         labels = batch.ids[:, 1:].masked_fill(~batch.real[:, 1:], _NO_LABEL)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_NO_LABEL, reduction="sum")
+        nats: Tensor = model(batch.ids[:, :-1], *neighbours, labels=labels)
         return nats / max(1, self.loss_weight(batch))  # a process's share of a batch may have none
 
     def loss_weight(self, batch: ChunkBatch) -> float:
