@@ -230,6 +230,16 @@ def test_what_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_length_that_came_out_as_a_number_is_refused():
+    """torch refuses those that it knows of; of a file that it wrote all the same, the axes are looked at."""
+    graph = onnx.Graph(Draws(), {"x": torch.ones(2, 3)}, {"x": ("z", None)}, ("y",))
+    onnx._check_dynamic(graph, {"x": ("z", 3)})
+    with pytest.raises(ValueError, match=r'the length "z" of x came out fixed at 2: something in Draws asks for it as a number'):
+        onnx._check_dynamic(graph, {"x": (2, 3)})
+    with pytest.raises(ValueError, match="x has no part in what the module computes"):
+        onnx._check_dynamic(graph, {})
+
+
 def test_misuse_is_told_before_anything_is_traced(tmp_path):
     layer, path = layer_of(), tmp_path / "layer.onnx"
     with pytest.raises(ValueError, match=r"CrossAttention takes a, b, .*, got mask"):

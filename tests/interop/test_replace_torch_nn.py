@@ -1,5 +1,7 @@
 import copy
 import itertools
+import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -319,3 +321,63 @@ def test_half_precision_and_its_memory(plans_for_all):
         allowed = 2 * (own(query, key, key, need_weights=False)[0].double() - expected).abs().amax()
         for _ in range(3):
             assert (mha(query, key, key, need_weights=False)[0].double() - expected).abs().amax() <= allowed
+
+
+def test_a_memory_of_inference_mode_is_kept_where_the_batch_comes_second(plans_for_all):
+    plans_for_all(Plan("head", "head"))
+    mha = nn.MultiheadAttention(E, H)
+    own, changes = copy.deepcopy(mha), speed_up(mha)
+    with torch.inference_mode():
+        query, key = torch.randn(N, Z, E), torch.randn(M, Z, E)
+        for _ in range(3):
+            agree(mha, own, query, key)
+        assert kept_reads(changes) == 2
+        key[0, 0, 0] += 1.0
+        agree(mha, own, query, key)
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan("head", "context"), Plan("context", "output", "explicit"), Plan("context", "head", "blocked")], ids=str
+)
+def test_what_is_kept_by_a_mixed_plan_keeps_no_memory_alive(plans_for_all, plan):
+    mha, own, changes, query, key = steps(plans_for_all, plan)
+    agree(mha, own, query, key)
+    (reader,) = (plans for one in changes._replacements for plans in one.what.plans)
+    assert reader._kept._last is not None
+    gone = weakref.ref(key)
+    del key
+    assert gone() is None and reader._kept._last is None
+
+
+def test_no_weights_are_held_after_forgetting_or_undoing(plans_for_all):
+    for end in ("forget", "undo"):
+        mha, own, changes, query, key = steps(plans_for_all)
+        agree(mha, own, query, key)
+        gone = weakref.ref(mha.in_proj_weight)
+        mha.in_proj_weight = nn.Parameter(torch.randn(3 * E, E))
+        getattr(changes, end)()
+        assert gone() is None
+        agree(mha, own, query, key)
+
+
+def test_calls_that_gain_nothing_are_left_to_the_module_until_a_memory_comes_again(plans_for_all):
+    plans_for_all(Plan("head", "head"))
+    for batch_first in (True, False):
+        mha = nn.MultiheadAttention(E, H, batch_first=batch_first)
+        own, changes = copy.deepcopy(mha), speed_up(mha)
+        (reader,) = (plans for one in changes._replacements for plans in one.what.plans)
+        shape = (Z, M, E) if batch_first else (M, Z, E)
+        query, keys = torch.randn(Z, N, E) if batch_first else torch.randn(N, Z, E), [torch.randn(shape) for _ in range(3)]
+        with torch.no_grad():
+            for key in (*keys, *keys):
+                assert torch.equal(mha(query, key, key, need_weights=False)[0], own(query, key, key, need_weights=False)[0])
+            assert kept_reads(changes) == 0 and not reader._ran
+            reader.read = Mock(side_effect=reader.read)
+            mha(query, keys[0], keys[0], need_weights=False)
+            assert reader.read.call_count == 0
+            for _ in range(2):
+                agree(mha, own, query, keys[0])
+            assert reader.read.call_count == kept_reads(changes) == 2
+            for _ in range(2):  # written to before each call, it is another one each time
+                agree(mha, own, query, keys[0].mul_(1.5))
+            assert kept_reads(changes) == 2

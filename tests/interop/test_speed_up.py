@@ -115,6 +115,25 @@ def test_a_copy_and_a_pickled_model_are_plain_and_can_be_sped_up(decoder, inputs
         assert_close(decoder(*inputs), expected)
 
 
+def test_replicas_of_data_parallel_run_their_own_methods(decoder, inputs):
+    with speed_up(decoder):
+        for model in (decoder, copy.deepcopy(decoder), copy.deepcopy(copy.deepcopy(decoder))):
+            module = model.layers[0].multihead_attn
+            assert "forward" in module.__dict__
+            replica = module._replicate_for_data_parallel()
+            assert type(replica) is nn.MultiheadAttention and replica.forward.__self__ is replica
+            assert replica._replicate_for_data_parallel.__self__ is replica
+        assert torch.equal(nn.DataParallel(decoder)(*inputs), decoder(*inputs))
+    assert "_replicate_for_data_parallel" not in decoder.layers[0].multihead_attn.__dict__
+    with pytest.raises(TypeError, match="the model is a DataParallel, which runs copies of its model; speed up and call its"):
+        speed_up(nn.DataParallel(decoder))
+
+
+def test_a_pickled_model_needs_no_library_to_be_read(decoder):
+    with speed_up(decoder):
+        assert b"crossattention" not in pickle.dumps(decoder)
+
+
 def test_moving_casting_and_loading_afterwards(decoder, inputs):
     with speed_up(decoder), torch.no_grad():
         for _ in range(2):
@@ -158,6 +177,38 @@ def test_an_example_runs_both_ways_and_is_told(decoder, inputs):
     for example in (inputs, dict(zip(("tgt", "memory"), inputs, strict=True)), lambda model: model(*inputs)):
         with speed_up(decoder, example=example) as changes:
             assert "2 replaced methods ran" in changes.checked and changes.checked in str(changes)
+
+
+class Remembering(nn.Module):
+    """It says how often it was called with a cache, which it writes to."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tgt, memory, cache):
+        cache.append(self.decoder(tgt, memory))
+        return {"states": torch.cat(cache, 1), "said": f"{len(cache)} steps", "cache": cache}
+
+
+def test_a_cache_in_the_example_is_another_one_for_each_run(decoder, inputs):
+    cache = [inputs[0]]
+    with speed_up(Remembering(decoder), example=(*inputs, cache)) as changes:
+        assert "2 replaced methods ran" in changes.checked and len(cache) == 1
+
+
+def test_texts_and_caches_of_the_output_are_compared_too(decoder, inputs, monkeypatch):
+    class Telling(Remembering):
+        def forward(self, tgt, memory, cache):
+            out = super().forward(tgt, memory, cache)
+            return {**out, "said": "by a plan" if "forward" in decoder.layers[0].multihead_attn.__dict__ and not runs else "own"}
+
+    runs = []
+    model = Telling(decoder)
+    model.register_forward_hook(lambda *args: runs.append(1))
+    with pytest.raises(ValueError, match=r"it gives 'by a plan' instead of 'own' at \['said'\], though every replaced call agreed"):
+        speed_up(model, example=(*inputs, []))
+    assert forwards(decoder) == []
 
 
 def test_the_example_leaves_modes_and_random_numbers(decoder, inputs):

@@ -50,6 +50,7 @@ from tolerances import assert_close
 
 transformers = pytest.importorskip("transformers")
 slow = pytest.mark.slow
+every_call_runs_a_plan = pytest.mark.usefixtures("plans_for_all")
 
 READ: list[tuple[Callable[[], nn.Module], Run, int]] = [  # the model, its call, and how many modules cross
     (bart, read_text, 2),
@@ -87,6 +88,7 @@ def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------- one pass
 
 
+@every_call_runs_a_plan
 @pytest.mark.parametrize(("make", "read", "count"), ALL_BUT_FIRST)
 @pytest.mark.parametrize("kernel", [pytest.param("sdpa", marks=slow), "eager"])
 def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], read: Run, count: int, kernel: str) -> None:
@@ -103,6 +105,7 @@ def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], read:
         assert_close(found[name] / gradient.abs().amax().clamp(min=1.0), gradient / gradient.abs().amax().clamp(min=1.0))
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize(("make", "read", "count"), READ)
 def test_without_a_cache_and_in_float64_too(make: Callable[[], nn.Module], read: Run, count: int) -> None:
@@ -140,6 +143,7 @@ def test_an_example_is_checked_with_eager_attention_too(make: Callable[[], nn.Mo
         assert "largest difference" in str(speed_up(model, example=lambda m: read(m)[0]))
 
 
+@every_call_runs_a_plan
 def test_rows_without_a_live_key_read_zero_and_are_left_out_of_the_check() -> None:
     model = drawn(bart())
     model.set_attn_implementation("eager")
@@ -172,6 +176,18 @@ def test_weights_that_are_asked_for_come_from_the_module_s_own_forward() -> None
     assert len(read_text(faster).cross_attentions) == 2
 
 
+def test_hooks_read_the_weights_that_eager_attention_gives() -> None:
+    model = drawn(bart())
+    model.set_attn_implementation("eager")
+    faster, changes = sped_up(model)
+    read_text(faster)
+    seen: list[Tensor] = []
+    for m in (model, faster):
+        m.get_submodule(changes.replaced[0]).register_forward_hook(lambda module, args, out: seen.append(out[1]))
+        read_text(m)
+    assert torch.equal(*seen)
+
+
 @slow
 def test_dropout_draws_what_it_drew() -> None:
     model = drawn(bart(attention_dropout=0.5, dropout=0.0)).train()
@@ -183,6 +199,7 @@ def test_dropout_draws_what_it_drew() -> None:
     assert torch.equal(*outs)
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize(("make", "read", "count"), [READ[0], READ[4], READ[10]])
 def test_hooks_adapters_and_weights_set_later_are_seen(make: Callable[[], nn.Module], read: Run, count: int) -> None:
@@ -203,6 +220,7 @@ def test_hooks_adapters_and_weights_set_later_are_seen(make: Callable[[], nn.Mod
     assert len(seen) == 2
 
 
+@every_call_runs_a_plan
 @slow
 def test_half_precision_and_autocast() -> None:
     model = drawn(bart(), 0.2)
@@ -214,6 +232,7 @@ def test_half_precision_and_autocast() -> None:
     assert (half - expected).abs().max() <= 2 * (own - expected).abs().max() + 1e-3
 
 
+@every_call_runs_a_plan
 @slow
 def test_checkpointed_layers_train_the_same() -> None:
     model = drawn(t5())
@@ -257,6 +276,7 @@ def generate(model: nn.Module, **options: Any) -> Any:
     return model.generate(input_ids=SOURCE, attention_mask=MASK.long(), **options)
 
 
+@every_call_runs_a_plan
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -291,6 +311,7 @@ class Calls:
                 module.register_forward_pre_hook(lambda module, args, name=name: self.rows[name].append(args[0].shape[0]))
 
 
+@every_call_runs_a_plan
 @pytest.mark.parametrize("options", [MODES[0], *(pytest.param(mode, marks=slow) for mode in (MODES[3], MODES[5]))])
 def test_keys_and_values_are_projected_once_for_a_source_and_never_reordered(options: dict[str, Any], monkeypatch: Any) -> None:
     model = drawn(bart())
@@ -311,6 +332,7 @@ def test_keys_and_values_are_projected_once_for_a_source_and_never_reordered(opt
     assert not any(sizes)
 
 
+@every_call_runs_a_plan
 @slow
 def test_states_of_another_width_are_projected_once_for_a_source() -> None:
     model = drawn(two_berts())
@@ -336,6 +358,7 @@ def test_states_of_another_width_are_projected_once_for_a_source() -> None:
     assert torch.equal(out, expected) and multiplied == [2], changes
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize("make", [bart, t5, two_berts, whisper])
 def test_a_cache_that_generate_gives_back_is_full(make: Callable[[], nn.Module]) -> None:
@@ -349,6 +372,7 @@ def test_a_cache_that_generate_gives_back_is_full(make: Callable[[], nn.Module])
         assert_close(ours.values, own.values)
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize("make", [bart, t5, bert, two_berts])
 def test_steps_by_hand_fill_and_read_the_cache_as_before(make: Callable[[], nn.Module]) -> None:
@@ -368,6 +392,7 @@ def test_steps_by_hand_fill_and_read_the_cache_as_before(make: Callable[[], nn.M
     assert_close(outs[1], outs[0])
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize("cache", [True, False])
 def test_what_is_kept_is_never_stale(cache: bool) -> None:
@@ -405,6 +430,7 @@ def test_what_is_kept_is_never_stale(cache: bool) -> None:
             assert_close(after, before)
 
 
+@every_call_runs_a_plan
 @slow
 def test_other_sources_weights_and_threads_follow_each_other() -> None:
     from concurrent.futures import ThreadPoolExecutor
@@ -424,6 +450,7 @@ def test_other_sources_weights_and_threads_follow_each_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@every_call_runs_a_plan
 @slow
 @pytest.mark.parametrize("make", [bart, t5, bert])
 def test_recordings_of_a_sped_up_model_are_those_of_the_model(make: Callable[[], nn.Module]) -> None:
@@ -500,3 +527,46 @@ def test_masks_are_turned_into_ours() -> None:
     assert masks.read(padding, 1, 4)[1] is once
     padding[0, 0, 0, 0] = lowest
     assert not masks.read(padding, 1, 4)[1][0, 0, 0, 0]
+
+
+def test_masks_that_forbid_nothing_are_none() -> None:
+    masks, added = Masks(), torch.zeros(2, 1, 1, 3)
+    assert masks.read(added, 1, 1) == (None, None) == masks.read(torch.ones(2, 1, 4, 3, dtype=torch.bool), 1, 4)
+    added[1, 0, 0, 2] = -torch.inf
+    assert masks.read(added, 1, 1)[0].tolist() == [[True] * 3, [True, True, False]]
+
+
+# ----------------------------------------------------------------------------------------- nothing to gain
+
+
+def plans_of(changes: Any) -> list[Any]:
+    return [plans for one in changes._replacements for plans in one.what.plans]
+
+
+@slow
+@pytest.mark.parametrize(("make", "read"), [(bart, read_text), (bert, read_text), (detr, read_pixels), (qformer, read_by_queries)])
+def test_calls_whose_plan_is_the_module_s_own_run_its_code(make: Callable[[], nn.Module], read: Run) -> None:
+    model = drawn(make())
+    faster, changes = sped_up(model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(read(faster)[0], read(model)[0])
+    assert all(
+        "none has run yet" in (line := plans.describe()[0]) and "calls left to its own forward" in line
+        for plans in plans_of(changes)
+    )
+    assert all("none has run yet" in plans.describe()[0] for plans in plans_of(changes))
+    model.set_attn_implementation("eager")
+    faster.set_attn_implementation("eager")
+    assert_close(read(faster)[0], read(model)[0])
+    assert not all("none has run yet" in plans.describe()[0] for plans in plans_of(changes)) or make is qformer
+
+
+@slow
+def test_one_short_source_for_each_row_is_left_and_beams_are_not() -> None:
+    model = drawn(bart())
+    faster, changes = sped_up(model)
+    assert torch.equal(generate(faster), generate(model))
+    assert all("none has run yet" in plans.describe()[0] for plans in plans_of(changes))
+    assert torch.equal(generate(faster, num_beams=3), generate(model, num_beams=3))
+    assert all("(kept) x" in plans.describe()[0] for plans in plans_of(changes))

@@ -499,7 +499,7 @@ def attend_b_plainly(layer: CrossAttention, a: Tensor, b: Tensor, kernel: str) -
     """The context+context plan for B (z, m, b) with no mask, parts or gradients: `execute` without `attend_heads`' questions.
 
     Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
-    item, which read B together.
+    item, which read B together. They are written over: two megabytes that the system hands out anew take longer than their product.
     """
     queries, _ = make_queries(layer, "context", a, None)
     rows = queries.reshape(b.shape[0], layer.heads * a.shape[1], b.shape[2])
@@ -507,8 +507,12 @@ def attend_b_plainly(layer: CrossAttention, a: Tensor, b: Tensor, kernel: str) -
         keys = b.unsqueeze(1)
         read = F.scaled_dot_product_attention(rows.unsqueeze(1), keys, keys, scale=layer.scale)
     else:
-        weights = batched(rows * layer.scale, b)
-        read = batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2))
+        if rows.shape[2] < b.shape[1]:  # scale the fewer numbers
+            rows.mul_(layer.scale)
+            weights = batched(rows, b)
+        else:
+            weights = batched(rows, b).mul_(layer.scale)
+        read = batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2), out=rows)
     return finish(layer, "context", read.reshape(queries.shape), None, a.dtype)
 
 

@@ -50,11 +50,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def batched(x: Tensor, weights: Tensor) -> Tensor:
+def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Products x (p, rows, inner) times weights (p, columns, inner) transposed: (p, rows, columns).
 
-    Few large ones are taken one by one, by the quicker library; many small ones in one call.
+    Few large ones are taken one by one, by the quicker library; many small ones in one call. `out` is memory that may be written
+    to, where no gradient is asked for: what is returned lies there or elsewhere.
     """
+    if out is not None and not _is_quick(x[0], weights[0]):
+        return torch.bmm(x, weights.transpose(1, 2), out=out)
     if x.shape[0] == 1:
         return linear(x[0], weights[0]).unsqueeze(0)
     if not torch.compiler.is_compiling() and x.shape[0] and _is_quick(x[0], weights[0]):

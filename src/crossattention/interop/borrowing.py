@@ -37,6 +37,7 @@ class Borrowing:
             "out_proj"; asked at each call, as adapters and quantisation put others in their places.
         lend: gives weight and bias of the other projections; called at each call, in the mode that the call runs in.
         sources: gives the parameters that `lend` gives views of: what is kept of a context is stale after they changed.
+        forget_lent: drops what `lend` keeps.
         qk_norm: what stands between projections and scores.
     """
 
@@ -52,6 +53,7 @@ class Borrowing:
     projections: Callable[[], Mapping[str, nn.Module]] = dict
     lend: Callable[[], Weights] | None = None
     sources: Callable[[], Sequence[Tensor | None]] | None = None
+    forget_lent: Callable[[], None] | None = None
     qk_norm: QueryKeyNorm | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +80,12 @@ class Borrowing:
                 held = modules[name]._parameters  # type: ignore[union-attr]
                 held["weight"], held["bias"] = weight, bias  # type: ignore[assignment]
         return layers
+
+    def forget(self) -> None:
+        """Drop the layers of all threads, and the weights that were lent to them: they may be those from before a loading."""
+        self.__dict__["_local"] = threading.local()
+        if self.forget_lent is not None:
+            self.forget_lent()
 
     def weights(self) -> list[Tensor]:
         """Every parameter that the layer computes with, the owner's own objects."""

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from crossattention.interop import replacement
+from crossattention.interop.comparing import Found, copied, difference
 from crossattention.interop.replacement import Replacement
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Largest difference in a dtype, relative to the largest number of the output where that is above one."""
 
 
 class BothWays:
@@ -30,7 +28,7 @@ class BothWays:
         self._given: dict[int, list[tuple[Any, Sequence[Tensor | None]]]] = {}
         self._turn: dict[int, int] = {}
         self._live: Sequence[Tensor | None] = ()
-        self.worst: dict[int, tuple[float, float]] = {}
+        self.worst: dict[int, Found] = {}
         self.had_empty_rows = False
 
     def run(self, replaced: Replacement, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +56,7 @@ class BothWays:
         leaves, spec = pytree.tree_flatten(own)
         others, other_spec = pytree.tree_flatten(ours)
         if spec != other_spec:
-            self.worst[id(replaced)] = (float("inf"), 0.0)
+            self.worst[id(replaced)] = Found(float("inf"), 0.0, "", "it gives an output of another structure")
             return own
         rows = iter(live)
         patched = []
@@ -76,7 +74,7 @@ class BothWays:
 
     def _note(self, replaced: Replacement, own: Any, ours: Any) -> None:
         found = difference(own, ours, self._tolerance)
-        self.worst[id(replaced)] = max(self.worst.get(id(replaced), found), found, key=excess)
+        self.worst[id(replaced)] = max(self.worst.get(id(replaced), found), found, key=lambda one: one.excess)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -91,8 +89,8 @@ class BothWays:
             for one in self._replacements:
                 one.check = None
 
-    def run_example(self, model: nn.Module, example: Any) -> tuple[float, float]:
-        """Run the model both ways in evaluation mode and give the difference of what it gives, and what is allowed."""
+    def run_example(self, model: nn.Module, example: Any) -> Found:
+        """Run the model both ways in evaluation mode, on copies of the inputs, and give the difference of what it gives."""
         training = {module: module.training for module in model.modules()}
         devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         model.eval()
@@ -101,7 +99,7 @@ class BothWays:
                 outs = []
                 for self._is_replaced_run in (True, False):
                     with torch.random.fork_rng(devices=devices):
-                        outs.append(call(model, example))
+                        outs.append(call(model, example if _makes_inputs(example) else copied(example)))
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -114,65 +112,14 @@ def call(model: nn.Module, example: Any) -> Any:
         return model(**example)
     if isinstance(example, tuple | list):
         return model(*example)
-    if callable(example) and not isinstance(example, Tensor):
+    if _makes_inputs(example):
         return example(model)
     return model(example)
 
 
-def difference(own: Any, ours: Any, tolerance: float | None) -> tuple[float, float]:
-    """The largest difference between two outputs, relative to the largest number where that is above one; and what is allowed.
-
-    Of several tensors that which exceeds what is allowed the most. Infinite where structure, shape, integers or NaN differ.
-    """
-    pairs = list(_tensor_pairs(own, ours))
-    found = [(_apart(a, b), _allowed(a, tolerance)) for a, b in pairs]
-    return max(found, key=excess, default=(0.0, _allowed(None, tolerance)))
-
-
-def excess(found: tuple[float, float]) -> float:
-    """How many times what is allowed a difference is; above one it is too large."""
-    apart, allowed = found
-    return apart / allowed if allowed else (float("inf") if apart else 0.0)
-
-
-def _tensor_pairs(own: Any, ours: Any) -> Iterator[tuple[Any, Any]]:
-    """Tensors that stand at the same place of two outputs, objects with attributes included."""
-    if isinstance(own, Tensor) or isinstance(ours, Tensor):
-        yield own, ours
-    elif isinstance(own, Mapping) and isinstance(ours, Mapping):
-        for key in {**own, **ours}:
-            yield from _tensor_pairs(own.get(key), ours.get(key))
-    elif isinstance(own, tuple | list) and isinstance(ours, tuple | list):
-        if len(own) != len(ours):
-            yield own, ours
-        for one, other in zip(own, ours, strict=False):
-            yield from _tensor_pairs(one, other)
-
-
-def _apart(own: Any, ours: Any) -> float:
-    if not isinstance(own, Tensor) or not isinstance(ours, Tensor) or own.shape != ours.shape:
-        return float("inf")
-    if own.is_nested or ours.is_nested:
-        return max((_apart(a, b) for a, b in zip(own.unbind(), ours.unbind(), strict=True)), default=0.0)
-    if own.numel() == 0:
-        return 0.0
-    if not own.is_floating_point():
-        return 0.0 if torch.equal(own, ours) else float("inf")
-    same = (own == ours) | (own.isnan() & ours.isnan())
-    if bool(same.all()):
-        return 0.0
-    own, ours = own.double(), ours.double()
-    apart = torch.where(same, 0.0, (own - ours).abs())
-    finite = own[own.isfinite()].abs()
-    scale = max(1.0, float(finite.amax()) if finite.numel() else 1.0)
-    worst = float(apart.amax())
-    return float("inf") if worst != worst else worst / scale
-
-
-def _allowed(own: Any, tolerance: float | None) -> float:
-    if tolerance is not None:
-        return tolerance
-    return TOLERANCES.get(own.dtype, 0.0) if isinstance(own, Tensor) else TOLERANCES[torch.float32]
+def _makes_inputs(example: Any) -> bool:
+    """Whether an example is a function of the model."""
+    return callable(example) and not isinstance(example, Tensor | Mapping | tuple | list)
 
 
 def _kept(leaf: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Family:
         dropout: attribute of the probability of dropping a weight, or of a module that has it as `p`.
         cache: "encoder-decoder" for keys and values in an `EncoderDecoderCache`, "plain" for those in any cache, "" for none.
         norms: attributes of norms of queries and keys within heads.
+        has_kernels: whether its forward pass runs the kernel that `attn_implementation` names.
         gives: makes of the output what the forward pass gives.
     """
 
@@ -42,19 +43,21 @@ class Family:
     dropout: str = "dropout"
     cache: str = "encoder-decoder"
     norms: tuple[str, str] | None = None
+    has_kernels: bool = True
     gives: Callable[[Tensor, Given], Any] = lambda out, given: (out, None)
 
 
 BART = Family(
     classes=(
         *("BartAttention", "BigBirdPegasusDecoderAttention", "BlenderbotAttention", "BlenderbotSmallAttention", "M2M100Attention"),
-        *("MBartAttention", "MarianAttention", "PLBartAttention", "PegasusAttention", "PegasusXAttention", "TrOCRAttention"),
+        *("MBartAttention", "MarianAttention", "PLBartAttention", "PegasusAttention", "PegasusXAttention"),
         *("TimeSeriesTransformerAttention", "WhisperAttention"),
     ),
     projections=("q_proj", "k_proj", "v_proj", "out_proj"),
     heads="num_heads",
     head_dim="head_dim",
 )
+TROCR = replace(BART, classes=("TrOCRAttention",), has_kernels=False)
 BERT = Family(
     classes=tuple(
         f"{name}CrossAttention"
@@ -95,6 +98,7 @@ PERCEIVER = Family(
     context="inputs",
     mask="inputs_mask",
     cache="",
+    has_kernels=False,
     gives=lambda out, given: (out,),
 )
 MLLAMA = Family(
@@ -115,7 +119,7 @@ DETR = Family(
     dropout="attention_dropout",
     cache="",
 )
-FAMILIES = {name: family for family in (BART, BERT, T5, QFORMER, PERCEIVER, MLLAMA, DETR) for name in family.classes}
+FAMILIES = {name: family for family in (BART, TROCR, BERT, T5, QFORMER, PERCEIVER, MLLAMA, DETR) for name in family.classes}
 
 SELF_ATTENTION = ("self_attn", "SelfAttention")
 """Names of modules that read their own sequence, of classes that could read another."""
@@ -139,7 +143,7 @@ def reads_itself(module: nn.Module, name: str) -> bool:
         return True
     if family_of(module) is QFORMER:
         return "attention" in path and "crossattention" not in path
-    return path[-1] in SELF_ATTENTION
+    return any(part in SELF_ATTENTION for part in path[-2:])  # some hold what attends as "self"
 
 
 def heads_of(module: nn.Module, family: Family) -> tuple[int, int, int, int]:

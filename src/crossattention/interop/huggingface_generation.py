@@ -64,6 +64,7 @@ class Session:
     sources: dict[int, Source] = field(default_factory=dict)
     kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     fillers: dict[int, Callable[[Any], None]] = field(default_factory=dict)
+    decided: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def add(self, states: Tensor, rows: int, single: Tensor | None = None) -> None:
         """States that modules will be called with; the object is held, so that no other takes its place."""
@@ -79,6 +80,14 @@ class Session:
         self.sources.clear()
         self.kept.clear()
         self.fillers.clear()
+        self.decided.clear()
+
+    def decide(self, owner: object, source: Source, ask: Callable[[], bool]) -> bool:
+        """What was answered for a module and a source the first time: steps of one generation all go the same way."""
+        key = id(owner), id(source.states)
+        if key not in self.decided:
+            self.decided[key] = ask()
+        return self.decided[key]
 
     def fill_cache_of(self, out: Any) -> None:
         """Write what was kept into the cache among what `generate` gives, if there is one, as the modules would have."""

@@ -147,7 +147,7 @@ def _mask(query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, 
     """All that is masked or added, as one."""
     if causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    elif mask is not None and mask.dtype != torch.bool:
+    elif mask is not None:
         mask = forbidding(mask)
     return combine_masks(None, mask, bias, key.shape[2], query.dtype, query.device)
 

@@ -17,7 +17,7 @@ class Masks:
     """Turns masks, and remembers the last: all layers of a model get the same one."""
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Tensor | None] | None = None
 
     def read(self, mask: Tensor, rows: int, length: int) -> tuple[Tensor | None, Tensor | None]:
         """A context mask, or a pair mask, of what is masked.
@@ -28,9 +28,12 @@ class Masks:
             length: n.
 
         Returns:
-            bool (z, m), or None; and bool or floating, broadcastable to (z, h, r n, m), or None.
+            bool (z, m), or None; and bool or floating, broadcastable to (z, h, r n, m), or None. Both None where nothing is masked.
         """
-        mask = self._as_ours(mask)
+        turned = self._as_ours(mask)
+        if turned is None:
+            return None, None
+        mask = turned
         if mask.shape[2] == 1 or mask.stride(2) == 0:  # the same for all queries, as padding is
             mask = mask[::rows, :, :1] if mask.shape[0] > 1 else mask[:, :, :1]
             if mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[0] > 1:
@@ -47,16 +50,16 @@ class Masks:
         """Drop what is remembered."""
         self._last = None
 
-    def _as_ours(self, mask: Tensor) -> Tensor:
-        """A mask whose lowest numbers forbid: bool where it has no others but zero."""
-        if mask.dtype == torch.bool:
+    def _as_ours(self, mask: Tensor) -> Tensor | None:
+        """A mask whose lowest numbers forbid: bool where it has no others but zero, None where it forbids nothing."""
+        if mask.dtype == torch.bool and mask.device.type != "cpu":  # another device would be waited for
             return mask
         if mask.is_inference() or mask.requires_grad:  # without a version, or with a graph of its own
-            return forbidding(mask)
+            return _unless_open(forbidding(mask))
         last = self._last  # read and written at once, as other threads turn masks too
         if last is not None and last[0]() is mask and last[1] == mask._version:
             return last[2]
-        turned = forbidding(mask)
+        turned = _unless_open(forbidding(mask))
         self._last = weakref.ref(mask, self._gone), mask._version, turned
         return turned
 
@@ -67,10 +70,17 @@ class Masks:
 
 def forbidding(mask: Tensor) -> Tensor:
     """Half of the dtype's lowest number and less is a masked position, also where something was added to it."""
+    if mask.dtype == torch.bool:
+        return mask
     closed = mask <= torch.finfo(mask.dtype).min / 2
     if not mask.requires_grad and bool(((mask == 0) | closed).all()):
         return ~closed
     return mask.masked_fill(closed, -torch.inf)
+
+
+def _unless_open(mask: Tensor) -> Tensor | None:
+    """A mask, or None where it is one of padding that pads nothing, as most are: kernels have less to do without one."""
+    return None if mask.dtype == torch.bool and bool(mask.all()) else mask
 
 
 def weights_are_collected() -> bool:

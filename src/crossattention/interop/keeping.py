@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class _Made:
     """What was made of a context, and of which numbers and weights."""
 
     prepared: PreparedContext
+    is_context: tuple[bool, bool]
     planned_length: int
     copies: tuple[Tensor | None, ...]
     weights: tuple[Tensor, ...]
@@ -48,7 +49,12 @@ class Arrival:
             return None
         if any(copy is not None and not torch.equal(copy, now) for copy, now in zip(made.copies, contexts, strict=True)):
             return None
-        return made.prepared, made.planned_length
+        prepared, (keys_are, values_are) = made.prepared, made.is_context
+        if keys_are:
+            prepared = replace(prepared, keys=contexts[0].unsqueeze(1))
+        if values_are:
+            prepared = replace(prepared, values=contexts[-1].unsqueeze(1))
+        return prepared, made.planned_length
 
     def keep(self, contexts: Sequence[Tensor], weights: Sequence[Tensor], prepared: PreparedContext, planned_length: int) -> None:
         """Keep what was made of it. Weights of inference mode leave no trace of an edit, so nothing is kept of them."""
@@ -57,8 +63,16 @@ class Arrival:
         for weight in weights:
             watch(weight)
         copies = tuple(context.clone() if context.is_inference() else None for context in contexts)
+        # A view of the context would keep it alive, so that its end is never heard of: it is taken anew of what arrives.
+        is_context = _shares(prepared.keys, contexts[0]), _shares(prepared.values, contexts[-1])
+        nothing = prepared.keys.new_empty(0)
+        prepared = replace(
+            prepared,
+            keys=nothing if is_context[0] else prepared.keys,
+            values=nothing if is_context[1] else prepared.values,
+        )
         # The weights themselves are held too: the address of one that is gone may be another's.
-        self._made = _Made(prepared, planned_length, copies, tuple(weights), _prints(weights))
+        self._made = _Made(prepared, is_context, planned_length, copies, tuple(weights), _prints(weights))
 
 
 class Kept:
@@ -67,19 +81,25 @@ class Kept:
     def __init__(self) -> None:
         self._last: Arrival | None = None
 
-    def arrival(self, contexts: Sequence[Tensor]) -> tuple[Arrival | None, bool]:
+    def arrival(self, contexts: Sequence[Tensor], arrived: Sequence[Tensor] = ()) -> tuple[Arrival | None, bool]:
         """The arrival of contexts that a call brings, and whether they are those of the call before.
 
-        None where it cannot be told whether they are what they were.
+        None where it cannot be told whether they are what they were. `arrived` are the same as the caller holds them, where the
+        contexts are views made of them at each call: a view of an inference tensor does not know whose it is.
         """
         if any(type(context) not in (Tensor, nn.Parameter) for context in contexts):
             return None, False
-        roots, mark = [_root(context) for context in contexts], _mark(contexts)
+        roots, mark = [_root(context) for context in arrived or contexts], _mark(contexts)
         last = self._last
         if last is not None and last.is_of(roots, mark):
             return last, True
         self._last = last = Arrival(tuple(weakref.ref(root, self._drop) for root in roots), mark)
         return last, False
+
+    def was_last(self, context: Tensor) -> bool:
+        """Whether this, or the tensor that it is a view of, arrived last, whatever was written to it since."""
+        last = self._last
+        return last is not None and last._roots[0]() is _root(context)
 
     def forget(self) -> None:
         """Drop it."""
@@ -89,6 +109,11 @@ class Kept:
         last = self._last
         if last is not None and any(ref is gone for ref in last._roots):
             self._last = None
+
+
+def _shares(made: Tensor, context: Tensor) -> bool:
+    """Whether what was made of a context is the context itself, under another shape."""
+    return made.untyped_storage().data_ptr() == context.untyped_storage().data_ptr()
 
 
 def _root(tensor: Tensor) -> Tensor:

@@ -50,14 +50,16 @@ def _why_not(mha: nn.MultiheadAttention) -> str | None:
 
 
 def _replaceable(mha: nn.MultiheadAttention) -> Replaceable:
+    lender = _Lender(mha)
     borrowing = Borrowing(
         query_dim=mha.embed_dim,
         context_dim=mha.kdim,
         value_context_dim=mha.vdim,
         heads=mha.num_heads,
         head_dim=mha.head_dim,
-        lend=_Lender(mha),
+        lend=lender,
         sources=partial(_sources, mha),
+        forget_lent=lender.forget,
     )
     reader = Reader(mha, borrowing)
     return Replaceable(mha, partial(_run, mha, reader), (reader,), notes=_NOTES)
@@ -88,6 +90,10 @@ class _Lender:
             self._last = last = ((key, sources), self._lend(sources))
         return last[1]
 
+    def forget(self) -> None:
+        """Drop the views that are kept."""
+        self._last = None
+
     @staticmethod
     def _lend(sources: tuple[Tensor | None, ...]) -> Weights:
         *projected, in_bias, out_weight, out_bias = sources
@@ -103,8 +109,8 @@ class _Lender:
 
 
 def _run(mha: nn.MultiheadAttention, reader: Reader, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) >= 3 and (args[0] is args[1] or _is_small_and_plain(reader, args, kwargs)):
-        return own(*args, **kwargs)  # self-attention, or too short to plan
+    if len(args) >= 3 and (args[0] is args[1] or _is_for_own(mha, reader, args, kwargs)):
+        return own(*args, **kwargs)  # self-attention, or nothing to gain
     given = _arguments(args, kwargs)
     if given is None:
         return own(*args, **kwargs)
@@ -112,14 +118,21 @@ def _run(mha: nn.MultiheadAttention, reader: Reader, own: Callable[..., Any], ar
     return own(*args, **kwargs) if out is None else out
 
 
-def _is_small_and_plain(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return (
-        len(args) == 3
-        and isinstance(args[1], Tensor)
-        and reader.is_small(args[1])
-        and kwargs.get("key_padding_mask") is None
-        and kwargs.get("attn_mask") is None
-    )
+def _is_for_own(mha: nn.MultiheadAttention, reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call without masks has a small context, or is of sizes that were left to the module before."""
+    if len(args) != 3 or kwargs.get("key_padding_mask") is not None or kwargs.get("attn_mask") is not None:
+        return False
+    query, key, value = args
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
+        return False
+    if reader.is_small(key):
+        return True
+    if value is not key or query.dim() != 3 or key.dim() != 3 or not reader.leaves_any:
+        return False
+    of_query, of_key = query.shape, key.shape
+    if not mha.batch_first:
+        of_query, of_key = (of_query[1], of_query[0], of_query[2]), (of_key[1], of_key[0], of_key[2])  # type: ignore[assignment]
+    return reader.passes(of_query, key, of_key, kwargs.get("need_weights", True))
 
 
 _NAMES = tuple(_SIGNATURE.parameters)[1:]
@@ -165,7 +178,14 @@ def _read(
         c = b
     is_masked = masks[0] is not None or masks[1] is not None
     read = reader.read(
-        a, b, c, context_mask=masks[0], attn_mask=masks[1], wants_weights=need_weights, must=need_weights and is_masked
+        a,
+        b,
+        c,
+        arrived=(key,) if value is key else (key, value),
+        context_mask=masks[0],
+        attn_mask=masks[1],
+        wants_weights=need_weights,
+        must=need_weights and is_masked,
     )
     if read is None:
         return None

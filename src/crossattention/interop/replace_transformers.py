@@ -47,9 +47,14 @@ KERNELS = (None, "eager", "sdpa", "crossattention")
 """Values of `attn_implementation` whose masks are understood here; others make masks that only their own kernels read."""
 
 
+STEP_SECONDS = 2e-4
+"""What a step by a plan is to gain over the fused kernel of the module itself, whose step calls less Python."""
+
 OWN_FORWARD = (
-    "modules of transformers run their own forward where attention weights are asked for or recorded, while they train with "
-    "attention dropout, and with caches of a fixed size"
+    "modules of transformers run their own forward where attention weights are asked for or recorded, where a hook on the module "
+    "may read those that eager attention gives, while they train with "
+    'attention dropout, with caches of a fixed size, and where attn_implementation is "sdpa" and no plan is estimated to be '
+    "clearly quicker than that"
 )
 
 
@@ -149,8 +154,48 @@ class ModuleReader:
     def run(self, own: Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward pass."""
         given = bound_arguments(type(self._module), args, kwargs)
-        out = self._read(given)
+        out = None if self._passes(given) else self._read(given)
         return own(*args, **kwargs) if out is None else self._family.gives(out, given)
+
+    def _passes(self, given: Given) -> bool:
+        """Whether nothing is gained over the module's own forward, as far as few questions tell: steps are short."""
+        if not self._own_is_as_quick(given):
+            return False
+        family, b = self._family, given.get(self._family.context)
+        if family.cache == "encoder-decoder" and (cross := _growing_cross_cache(cache := _cache_of(given))) is not None:
+            # The textbook's keys and values are in the cache, or will be: what is kept of a source are others, or fewer.
+            is_filled = bool(cache.is_updated.get(self._module.layer_idx)) and len(cross.layers) > self._module.layer_idx
+            is_left = is_filled or (isinstance(b, Tensor) and not self._gains_by_keeping(b))
+            self._reader.left_calls += is_left
+            return is_left
+        a = given.get("hidden_states")
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and self._reader.passes(a.shape, b, b.shape)
+
+    def _own_is_as_quick(self, given: Given) -> bool:
+        """Whether the module's own forward runs the textbook's plan as this library would, and gives zero in rows without a key."""
+        mask = given.get(self._family.mask)
+        config = getattr(self._module, "config", None)
+        return (
+            self._family.has_kernels
+            and getattr(config, "_attn_implementation", None) == "sdpa"
+            and (mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool))
+        )
+
+    def _gains_by_keeping(self, b: Tensor) -> bool:
+        """Whether states are of a source that several rows read, or that a plan reads otherwise than the textbook's."""
+        source = self._source(b)
+        if source is None or source.rows > 1:
+            return source is not None
+        return source.session.decide(self, source, lambda: self._gains_in_steps(source))
+
+    def _gains_in_steps(self, source: Source) -> bool:
+        """Whether a step of a single row is estimated to gain more by a plan than what calls it takes."""
+        if self._reader.is_small(source.single):
+            return False
+        layer = self._layer()
+        choice = layer.plan_for((len(source.single), 1, layer.query_dim), source.single.shape, uses=source.session.steps)
+        textbook, chosen = choice.candidate(TEXTBOOK).cost, choice.candidate(choice.plan).cost
+        return textbook.seconds - chosen.seconds > STEP_SECONDS * source.session.steps
 
     def _make_reader(self) -> Reader:
         """What reads with the module's projections."""
@@ -219,8 +264,14 @@ class ModuleReader:
             or getattr(getattr(module, "config", None), "_attn_implementation", None) not in KERNELS
             or type(a) not in (Tensor, nn.Parameter)
             or weights_are_collected()
+            or (module._forward_hooks and self._gives_weights())
             or not self._weights_fit(a)
         )
+
+    def _gives_weights(self) -> bool:
+        """Whether the module's own forward gives its weights with its output, though nobody asks for them."""
+        config = getattr(self._module, "config", None)
+        return self._family.has_kernels and getattr(config, "_attn_implementation", None) in (None, "eager")
 
     def _weights_fit(self, a: Tensor) -> bool:
         """Whether the query projection takes such queries: plain weights of their dtype and device, or under autocast."""
@@ -236,7 +287,10 @@ class ModuleReader:
         masks = self._masks_of(given, b.shape[1], a.shape[-2])
         if masks is None:
             return None
-        read = self._reader.read(a, b, values_from, context_mask=masks[0], attn_mask=masks[1], must=True)
+        is_quick = self._own_is_as_quick(given)
+        read = self._reader.read(
+            a, b, values_from, context_mask=masks[0], attn_mask=masks[1], must=not is_quick, own_is_fused=is_quick
+        )
         if read is not None and is_checking():
             note_live(read.live_rows())
         return None if read is None else read.out

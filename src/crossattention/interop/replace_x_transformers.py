@@ -90,6 +90,7 @@ def _replaceable(module: Any) -> Replaceable:
     permutes = 1 < g < h
     names = {"k_proj": "to_k", "v_proj": "to_v"} | ({} if permutes else {"q_proj": "to_q", "out_proj": "to_out"})
     is_identity = isinstance(module.to_out, nn.Identity)
+    permuted = _Permuted(module, k, v) if permutes else None
     borrowing = Borrowing(
         query_dim=module.to_q.in_features,
         context_dim=module.to_k.in_features,
@@ -100,8 +101,9 @@ def _replaceable(module: Any) -> Replaceable:
         kv_heads=g,
         scale=module.attend.scale if module.attend.scale is not None else k**-0.5,
         projections=lambda: {ours: module._modules[theirs] for ours, theirs in names.items()},
-        lend=_Permuted(module, k, v) if permutes else None,
+        lend=permuted,
         sources=(lambda: (module.to_q.weight, module.to_out.weight)) if permutes else None,
+        forget_lent=None if permuted is None else permuted.forget,
     )
     reader = Reader(module, borrowing, own_is_fused=module.attend.flash)
     return Replaceable(module, partial(_run, module, reader, permutes), (reader,), notes=_NOTES)
@@ -122,6 +124,10 @@ class _Permuted:
         weights = module.to_q.weight, module.to_out.weight
         of_queries, of_output = self._once.get(weights, lambda: self._permute(*weights))
         return {"q_proj": (of_queries, None), "out_proj": (of_output, None)}
+
+    def forget(self) -> None:
+        """Drop what was made of weights."""
+        self._once.forget()
 
     def _permute(self, of_queries: Tensor, of_output: Tensor) -> tuple[Tensor, Tensor]:
         g, (k, v) = self._module.kv_heads, self._widths

@@ -128,6 +128,33 @@ def note_live(*live: torch.Tensor | None) -> None:
         check.note_live(live)
 
 
+REPLICATE = "_replicate_for_data_parallel"
+"""The method by which `torch.nn.DataParallel` copies a module's dictionary, with what stands in it, to other devices."""
+
+
+class Replicas:
+    """Makes replicas of a module that run its class's own methods: what stands in their places belongs to the module itself.
+
+    It stands in the module's dictionary beside replacements; a copy of the module, whose methods stand there too, has its own.
+    """
+
+    def __init__(self, owner: nn.Module, methods: tuple[str, ...] = ()) -> None:
+        self.owner, self.methods = owner, methods
+
+    def __call__(self) -> nn.Module:
+        """A replica."""
+        replica: nn.Module = getattr(type(self.owner), REPLICATE)(self.owner)
+        for name in (REPLICATE, *self.methods):
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return Replicas(memo.get(id(self.owner), self.owner), self.methods)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, REPLICATE)
+
+
 class Replacement(Stand):
     """A method that runs in another way; a copy of its module, and a pickled one, has the plain method.
 
@@ -154,6 +181,10 @@ class Replacement(Stand):
     def take_place(self) -> None:
         """Stand before the method from now on."""
         self.owner.__dict__[self.method] = self
+        if self._before is None:
+            replicas = self.owner.__dict__.setdefault(REPLICATE, Replicas(self.owner))
+            if isinstance(replicas, Replicas):
+                replicas.methods = (*replicas.methods, self.method)
 
     def retire(self) -> None:
         """Give the place back; where something else stands before it by now, pass every call on to the own method."""
@@ -162,6 +193,11 @@ class Replacement(Stand):
             plans.forget()
         if self.owner.__dict__.get(self.method) is self:
             self._give_back()
+        replicas = self.owner.__dict__.get(REPLICATE)
+        if isinstance(replicas, Replicas):
+            replicas.methods = tuple(name for name in replicas.methods if name != self.method)
+            if not replicas.methods:
+                del self.owner.__dict__[REPLICATE]
 
     def looked_at_by(self, look: Look) -> Look:
         """How to look into the replaced method: what runs by a plan tells of itself; `look` looks into calls of the own method."""

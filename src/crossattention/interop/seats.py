@@ -84,7 +84,11 @@ class Stand:
         return self._unseated(memo.get(id(self.owner), self.owner))
 
     def __reduce__(self) -> Any:
-        return _same, (self._unseated(self.owner),)
+        method = self._unseated(self.owner)
+        if isinstance(method, types.MethodType) and method.__self__ is self.owner:
+            if getattr(type(self.owner), self.method, None) is method.__func__:
+                return getattr, (self.owner, self.method)  # which its class has: what is read back does not need this library
+        return _same, (method,)
 
 
 class Seat(Stand):
