@@ -119,7 +119,7 @@ class _Skew:
     def by_distance(self, items: int) -> Tensor:
         """(h, y r n, u) of the first items."""
         rows = items * self.runs * self.n
-        return self.flat[:, : rows * self.u].unflatten(1, (rows, self.u))
+        return self.flat[:, : rows * self.u].view(len(self.flat), rows, self.u)
 
     def _by_pair(self, items: int, columns: int) -> Tensor:
         """(h, y, r, n, columns), a view."""

@@ -339,8 +339,7 @@ class SelfAttention(nn.Module):
         distances = self.positions.distances(queries, rows, columns, from_zero=self.is_causal)
         if distances is None:
             return None
-        how = {"scale": self.scale, "mask": mask, "is_causal": self.is_causal}
-        return attend_by_distance(queries, keys, values, distances, **how)
+        return attend_by_distance(queries, keys, values, distances, scale=self.scale, mask=mask, is_causal=self.is_causal)
 
     def _mask(
         self, x: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None, attn_mask: Tensor | None, offset: int

@@ -213,7 +213,9 @@ def exact_without(
         least = np.full((len(part), kept), np.inf, np.float32)
         for start in range(begin, end, BLOCK_ROWS):
             away = _without_own_norm(asked, np.asarray(vectors[start : min(start + BLOCK_ROWS, end)], np.float32))
-            row, name = np.nonzero(away <= (limit + _SLACK * (np.abs(limit) + size))[:, None])
+            # Of few that are near: one dimension is gone through in a fifth of the time of two.
+            near_enough = np.flatnonzero(away <= (limit + _SLACK * (np.abs(limit) + size))[:, None])
+            row, name = np.divmod(near_enough, away.shape[1])
             near, name = away[row, name], name + start
             may = ~exclusion.is_out(part[row], name[:, None])[:, 0]
             _keep_nearest(best, least, row[may], name[may], near[may])
