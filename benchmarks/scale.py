@@ -1,6 +1,8 @@
-"""What does a context that is sharded over processes cost: bytes that travel, and time, with 1, 2 and 4 processes?
+"""What does a context cost that is sharded, streamed or ragged: bytes that travel, time with 1, 2 and 4 processes, memory?
 
     python benchmarks/scale.py [--processes 1 2 4] [--context 4096 65536] [--queries 64] [--rounds 5] [--json FILE]
+    python benchmarks/scale.py --parts sharded ragged streamed     # also the scripts of those names, and all in one JSON
+    python benchmarks/scale.py --parts formula                     # only what docs/scale.md says of 8 and 64 GPUs, calculated
 
 `layer(a, b)` and its backward pass, float32, B as a DTensor sharded on its length over gloo processes of one thread each on this
 machine. Outputs and gradients are compared with those of one process first ("off", the largest difference in terms of the largest
@@ -119,6 +121,47 @@ def work(given: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+GPU = {"flops": 400e12, "bytes_within": 400e9, "bytes_between": 50e9}
+"""One GPU: FLOP/s that it sustains, and bytes/s to the others of its machine and to other machines; replace them by your own."""
+
+
+def on_gpus(processes: int, *, rows: int = 1 << 20, n: int = 512, width: int = 1024, heads: int = 16) -> dict[str, float]:
+    """What the formula says of GPUs with `rows` positions each in bfloat16, textbook's plan, z = 1: bytes, and seconds."""
+    layer = CrossAttention(width, heads=heads, plan=Plan(), device="meta")
+    forward, backward = formula(Plan(), layer, 1, n)
+    speed = GPU["bytes_within"] if processes <= 8 else GPU["bytes_between"]
+    ring = 2 * (processes - 1) / processes
+    gathered = (processes - 1) * rows * width * 2
+    return {
+        "processes": processes,
+        "forward_bytes": forward,
+        "backward_bytes": backward,
+        "forward_seconds": ring * forward / speed,
+        "backward_seconds": ring * backward / speed,
+        "gathered_bytes": gathered,
+        "gathered_seconds": gathered / speed,
+        "work_seconds": (4 * rows * width * width + 4 * n * rows * width) / GPU["flops"],
+    }
+
+
+def print_gpus(row: dict[str, float]) -> None:
+    seconds = {name: f"{1e3 * row[f'{name}_seconds']:,.2f} ms" for name in ("forward", "backward", "gathered", "work")}
+    print(
+        f"{row['processes']} GPUs, calculated: forward {row['forward_bytes'] / 1e6:,.1f} MB in {seconds['forward']}, backward "
+        f"{row['backward_bytes'] / 1e6:,.1f} MB in {seconds['backward']}; gathering B {row['gathered_bytes'] / 1e9:,.0f} GB in "
+        f"{seconds['gathered']}; products {seconds['work']}"
+    )
+
+
+def by_script(name: str, words: list[str]) -> object:
+    """What another script of this folder prints and stores."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        script = Path(__file__).with_name(f"{name}.py")
+        subprocess.run([sys.executable, str(script), *words, "--threads", "1", "--out", str(found)], check=True)
+        return json.loads(found.read_text())["results"]
+
+
 def largest_of(wanted: list[torch.Tensor], place: int) -> float:
     """Of the output itself; of gradients, of all of them: some are sums of terms that cancel."""
     return max(tensor.abs().max().item() for tensor in (wanted[:1] if place == 0 else wanted[1:]))
@@ -168,6 +211,10 @@ def main() -> None:
         ("rounds", 5, "that are timed"),
     ):
         options.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default {default}")
+    parts = ["sharded", "ragged", "streamed", "formula"]
+    options.add_argument("--parts", nargs="+", choices=parts, default=["sharded", "formula"], help="default sharded formula")
+    options.add_argument("--clock", choices=["wall", "process"], default="wall", help="of ragged and streamed; default wall")
+    options.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000], help="of the streamed files")
     options.add_argument("--json", metavar="FILE", help="where everything is written")
     options.add_argument("--found", help=argparse.SUPPRESS)
     given = options.parse_args()
@@ -175,16 +222,26 @@ def main() -> None:
         return work(given)
     torch.set_num_threads(1)
     print_machine()
-    print_row(HEAD)
     rows = []
-    for world in given.processes:
-        for row in measure(given, world):
-            rows.append(row)
-            print_row(cells(row))
+    if "sharded" in given.parts:
+        print_row(HEAD)
+        for world in given.processes:
+            for row in measure(given, world):
+                rows.append(row)
+                print_row(cells(row))
+    told: dict[str, object] = {}
+    if "formula" in given.parts:
+        told["formula"] = [on_gpus(8), on_gpus(64)]
+        for row in told["formula"]:
+            print_gpus(row)
+    if "ragged" in given.parts:
+        told["ragged"] = by_script("ragged", ["--clock", given.clock, "--budget", "2"])
+    if "streamed" in given.parts:
+        told["streamed"] = by_script("streamed", ["--clock", given.clock, "--rows", *map(str, given.rows)])
     if given.json:
         options_of = {name: value for name, value in vars(given).items() if name != "found"}
         with open(given.json, "w") as file:
-            json.dump({"machine": machine(), "options": options_of, "rows": rows}, file, indent=1)
+            json.dump({"machine": machine(), "options": options_of, "rows": rows, **told}, file, indent=1)
 
 
 if __name__ == "__main__":

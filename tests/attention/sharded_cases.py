@@ -428,6 +428,29 @@ def sharded_by_fsdp(module, **options):
     return module
 
 
+@case
+def layers_that_a_model_prepares_one_by_one_under_fsdp():
+    from crossattention.models import BertDecoder, BertEncoder, EncoderDecoder
+    from crossattention.models.bert import BertConfig
+    from crossattention.training.processes import shard_model
+
+    sizes = {"heads": 2, "layers": 2, "feed_forward_dim": 32, "begin_id": 1, "end_id": 2}
+    parts = BertEncoder(BertConfig(50, dim=24, **sizes)), BertDecoder(BertConfig(40, dim=16, causal=True, context_dim=16, **sizes))
+    model = EncoderDecoder(*parts).double().eval()
+    source, target = torch.randint(3, 50, (3, 7)), torch.randint(3, 40, (3, 5))
+    wanted = model(source, target)
+    wanted.square().mean().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    shard_model(model, mesh())
+    found = model(source, target)
+    near(found, wanted.detach())
+    found.square().mean().backward()
+    for name, p in model.named_parameters():
+        if name in grads:
+            near(p.grad.full_tensor(), grads[name], name)
+
+
 class Holder(torch.nn.Module):
     """A layer inside a module that is sharded as a whole, so that the layer itself knows nothing of it."""
 

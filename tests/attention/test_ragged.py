@@ -455,3 +455,21 @@ def test_half_precision_on_cuda_is_one_launch(kv_heads: int) -> None:
     a, b = ([x.detach().cuda() for x in xs] for xs in (a, b))
     for i, out in enumerate(layer(a, b)):
         assert_close(out, layer(a[i][None], b[i][None])[0])
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 3, 10, 99], [0, 5, 3, 10, 13]])
+def test_offsets_that_the_values_do_not_have_are_refused(offsets):
+    jagged = torch.nested.nested_tensor_from_jagged(torch.randn(13, 9), torch.tensor(offsets))
+    with pytest.raises(ValueError, match=r"context\[\d\] of a jagged tensor is said to be rows \d+ to \d+ of 13"):
+        CrossAttention(6, 9, heads=2)(torch.randn(4, 5, 6), jagged)
+
+
+def test_a_jagged_tensor_may_begin_in_the_middle_of_its_values():
+    layer, values = CrossAttention(6, 9, heads=2, dtype=torch.float64), torch.randn(19, 9).double().requires_grad_()
+    a, bounds = torch.randn(4, 5, 6).double(), [2, 5, 5, 12, 15]
+    found = layer(a, torch.nested.nested_tensor_from_jagged(values, torch.tensor(bounds)))
+    wanted = torch.cat([layer(a[i : i + 1], values[None, bounds[i] : bounds[i + 1]]) for i in range(4)])
+    assert (found - wanted).abs().max() < 1e-12
+    direction = torch.randn_like(wanted)
+    got, want = (torch.autograd.grad((out * direction).sum(), values)[0] for out in (found, wanted))
+    assert (got - want).abs().max() < 1e-12

@@ -106,7 +106,9 @@ def test_two_processes_learn_what_one_learns(recipe, tmp_path):
         assert found.keys() == wanted.keys()
         names = [name for name, tensor in wanted.items() if tensor.is_floating_point() and not name.endswith("k_proj.bias")]
         off = torch.cat([(found[name] - wanted[name]).abs().flatten() for name in names])
-        assert (off > (2e-3 if recipe == "images" else 1e-4)).float().mean() < 0.01
+        # Where only key biases cancel (largest others: 2e-6) no number may differ.
+        share = 0.01 if recipe in ("images", "retro") else 1e-9
+        assert (off > (2e-3 if recipe == "images" else 1e-4)).float().mean() < share
 
 
 @pytest.mark.slow

@@ -72,10 +72,10 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     return keys, key_bias * layer.scale
 
 
-def make_some_keys(layer: CrossAttention, b: Tensor, groups: slice) -> Tensor:
+def make_some_keys(layer: CrossAttention, b: Tensor, groups: slice, *, biased: bool = True) -> Tensor:
     """Keys (z, groups, m, k) of some key-value heads, as the "head" space has them where no part stands behind the projection."""
     rows = slice(groups.start * layer.head_dim, groups.stop * layer.head_dim)
-    bias = None if layer.k_proj.bias is None else layer.k_proj.bias[rows]
+    bias = None if layer.k_proj.bias is None or not biased else layer.k_proj.bias[rows]
     return split_heads(linear(b, layer.k_proj.weight[rows], bias), groups.stop - groups.start).transpose(1, 2)
 
 

@@ -64,7 +64,7 @@ def _records_of_fsdp() -> list[Any]:
         from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 
         states = [_get_module_state(module) for module in list(_module_state_mapping)]
-        groups = []
+        groups: list[Any] = []
         for state in states:  # before torch 2.12 a state had one group
             groups += getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         return [record for group in groups if group for record in group.fsdp_params if hasattr(record, "_unsharded_param")]

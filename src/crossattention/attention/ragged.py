@@ -1,8 +1,8 @@
 """Ragged cross-attention: items of unlike lengths, of which no padded position is computed.
 
-Projections run once over all items' rows, laid end to end. Items are kept sorted by length, so that those of one length are a dense
-batch that lies whole in memory: attention runs on one such group after the other, by the plan's own functions and kernels. On CUDA
-in half precision all groups are one call of `torch.nn.attention.varlen` where it applies.
+Projections run once over all items' rows, laid end to end. Items are sorted by length where several have the same one; these are a
+dense batch that lies whole in memory: attention runs on one such group after the other, by the plan's own functions and kernels. On
+CUDA in half precision all groups are one call of `torch.nn.attention.varlen` where it applies.
 
 Legend: z items, r repeats on one context, n queries and m context positions of one item, t rows of all items together, h heads,
 g items of one group, c/w widths in which scores and values meet.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from crossattention.attention import attend_varlen, execute
+from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import check_attn_mask, combine_masks, fold_repeats
 from crossattention.attention.prepared import KEPT_CONTEXT, UNCHECKED, PreparedContext, PreparedQueries, Stamp, bytes_of
 from crossattention.attention.score_rows import ScoreRows
@@ -43,7 +44,7 @@ class PreparedRagged:
         mask: bool (t,), True = may be attended; None if all may.
         positions: integers (t,) where the caller gave some; None where each item counts from 0.
         lengths: of each context, in the caller's order.
-        order: the items in the order in which they lie, shortest first.
+        order: the items in the order in which they lie.
         plan: the plan it was made by.
         stamp: which layer and weights made it.
 
@@ -145,7 +146,7 @@ def forward_ragged(
         )
         return dense if asking is None else asking.of_equal(dense)
     lengths = asking.lengths if asking is not None else (a.shape[-2],) * len(contexts.lengths)
-    order = tuple(sorted(range(len(lengths)), key=lambda i: (contexts.lengths[i], lengths[i])))
+    order = _grouped(range(len(lengths)), list(zip(contexts.lengths, lengths, strict=True)))
     plan = _plan(layer, a, asking, contexts)
     prepared = _prepare(layer, contexts, context_mask, context_positions, plan, order, stamped=False)
     found: Tensor | list[Tensor] = layer.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
@@ -263,9 +264,34 @@ def _prepare(
     positions = given
     if given is None and layer.positions is not None:
         positions = _counted([contexts.lengths[i] for i in order], b.device)
-    keys, values, key_bias = execute.make_keys_and_values(layer, plan, b, positions, only_keys=only_keys)
+    if not stamped and not only_keys and _leaves_out_key_bias(layer, plan):
+        keys = execute.make_some_keys(layer, b, slice(0, layer.kv_heads), biased=False)
+        values, key_bias = execute.make_values(layer, plan.values, b), None
+        if plan.kernel == "fused":
+            keys, values = to_one_width(keys, values)
+    else:
+        keys, values, key_bias = execute.make_keys_and_values(layer, plan, b, positions, only_keys=only_keys)
     stamp = Stamp.of(layer._token, layer._made_of(plan, keys, values)) if stamped else UNCHECKED
     return PreparedRagged(keys, values, key_bias, mask, given, contexts.lengths, order, plan, stamp)
+
+
+def _grouped(order: Sequence[int], lengths: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Items in an order in which those of the same lengths follow each other, shortest first; as they are where that helps little.
+
+    An order that stays needs no copy of rows, and where few items have the same lengths there are hardly fewer groups after it.
+    """
+    grouped = sorted(order, key=lengths.__getitem__)  # stable
+    given = sum(lengths[i] != lengths[j] for i, j in pairwise(order))
+    after = sum(lengths[i] != lengths[j] for i, j in pairwise(grouped))
+    return tuple(order) if 2 * given <= 3 * after else tuple(grouped)
+
+
+def _leaves_out_key_bias(layer: CrossAttention, plan: Plan) -> bool:
+    """Whether the key bias, which adds the same to all scores of a row, need not be added to every key: without gradients."""
+    has_parts = layer.qk_norm is not None or layer.positions is not None
+    return (
+        plan.scores == "head" and not has_parts and not torch.is_grad_enabled() and execute.linear_reason(layer.k_proj, "") is None
+    )
 
 
 def _packed(layer: CrossAttention, sequences: Sequences, order: Sequence[int], width: int) -> Tensor:
@@ -396,8 +422,8 @@ class _Reading:
         self.repeats = a.shape[1] if self.asking is None and a.dim() == 4 else None
         self.length = 0 if self.asking is not None else a.shape[-2]  # of dense queries, prepared or not
         self.lengths = (self.length,) * prepared.batch if self.asking is None else self.asking.lengths
-        order = sorted(prepared.order, key=lambda i: (prepared.lengths[i], self.lengths[i]))  # stable: no copy without need
-        self.prepared = prepared.in_order(tuple(order))
+        order = _grouped(prepared.order, list(zip(prepared.lengths, self.lengths, strict=True)))
+        self.prepared = prepared.in_order(order)
         self.device = prepared.keys.device
         self.positions, self.positions_by_row = self._positions(query_positions)
         self.queries, self.projected = self._bring(a)

@@ -68,7 +68,7 @@ class Sequences:
 
         Raises:
             TypeError: neither, an item that is no tensor, or a nested tensor of another layout than jagged.
-            ValueError: an item, or the jagged tensor, has another number of dimensions.
+            ValueError: an item, or the jagged tensor, has another number of dimensions; offsets that its values do not have.
         """
         if isinstance(value, list | tuple):
             _check_items(name, value, dims)
@@ -89,6 +89,14 @@ class Sequences:
         bounds = offsets.tolist()
         starts = tuple(bounds[:-1])
         lengths = tuple(e - s for s, e in pairwise(bounds)) if held is None else tuple(held.tolist())
+        rows = value.values().shape[0]
+        wrong = next((i for i, (s, n) in enumerate(zip(starts, lengths, strict=True)) if s < 0 or n < 0 or s + n > rows), None)
+        if wrong is not None:
+            end = starts[wrong] + lengths[wrong]
+            raise ValueError(
+                f"{name}[{wrong}] of a jagged tensor is said to be rows {starts[wrong]} to {end} of {rows}; "
+                "offsets must not decrease, nor end after the values"
+            )
         return cls("jagged", lengths, rows=value.values(), starts=starts, offsets=offsets if held is None else None)
 
     @classmethod

@@ -477,7 +477,8 @@ def _agree(shards: Shards, plan: Plan, is_chosen: bool, asked: tuple[int, int, i
     if len({facts[3] for facts in seen}) > 1 or (not is_chosen and len({facts[2] for facts in seen}) > 1):
         told = ", ".join(("auto: " if chosen else "") + str(CANDIDATES[place]) for _, _, place, chosen, *_ in seen)
         raise PlanError(f"the layers of the processes have different plans, {told}; give all of them the same")
-    return CANDIDATES[seen[0][2]]
+    agreed: Plan = CANDIDATES[seen[0][2]]
+    return agreed
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -180,7 +180,7 @@ def _weights_digest(layer: nn.Module) -> bytes:
 
 def _add_content(found: Any, tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
-        found.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 class Stream:

@@ -203,6 +203,13 @@ class BertLayer(nn.Module):
         self.feed_forward = FeedForward(config.dim, config.feed_forward_dim, activation=_activation(config))
         self.feed_forward_residual = Residual(config)
 
+    def prepare(self, states: Tensor, source_mask: Tensor | None = None, **hints: int | None) -> PreparedContext:
+        """What `decode` reads of the states; a way in of its own, for engines that gather a layer's weights when it is called."""
+        assert self.cross_attention is not None
+        prepared: Any = self.cross_attention.prepare(states, context_mask=source_mask, **hints)
+        made: PreparedContext = prepared
+        return made
+
     def forward(
         self, x: Tensor, states: Tensor | None = None, *, source_mask: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -597,7 +604,7 @@ class BertDecoder(Pretrained, nn.Module):
         """
         self._check_states(encoder_states, source_mask)
         hints = {"uses": uses, "query_length": query_length, "repeats": repeats}
-        return tuple(layer.cross_attention.prepare(encoder_states, context_mask=source_mask, **hints) for layer in self.layers)
+        return tuple(layer.prepare(encoder_states, source_mask, **hints) for layer in self.layers)
 
     def decode(
         self, target_ids: Tensor, prepared: Sequence[PreparedContext] | None = None, target_mask: Tensor | None = None

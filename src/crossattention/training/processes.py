@@ -48,7 +48,7 @@ class Processes:
         if kind in {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}:
             raise ValueError(
                 f"training is launched as {kind.value}, which is not supported: launch it by torchrun, or by accelerate launch as "
-                "data-parallel (--multi_gpu, --multi_cpu) or with FSDP (--use_fsdp)"
+                "data-parallel (--multi_gpu) or with FSDP (--use_fsdp)"
             )
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
