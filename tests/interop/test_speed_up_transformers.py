@@ -551,7 +551,10 @@ def test_calls_whose_plan_is_the_module_s_own_run_its_code(make: Callable[[], nn
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(read(faster)[0], read(model)[0])
-    assert all("none has run yet" in (line := plans.describe()[0]) and "calls left to its own forward" in line for plans in plans_of(changes))
+    assert all(
+        "none has run yet" in (line := plans.describe()[0]) and "calls left to its own forward" in line
+        for plans in plans_of(changes)
+    )
     assert all("none has run yet" in plans.describe()[0] for plans in plans_of(changes))
     model.set_attn_implementation("eager")
     faster.set_attn_implementation("eager")
