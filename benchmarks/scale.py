@@ -26,6 +26,7 @@ from machine import machine, print_machine
 
 from crossattention import CrossAttention, Plan
 from crossattention.attention import count_traffic
+from crossattention.attention.sharded import FACTS
 
 PLANS = (Plan(), Plan("context", "context"))
 WIDTHS = (11, 18, 10, 10, 14, 14, 12, 12, 12, 12)
@@ -33,7 +34,7 @@ HEAD = ("processes", "plan", "m", "off", "sent KB fwd", "sent KB bwd", "formula"
 
 
 def formula(plan: Plan, layer: CrossAttention, batch: int, n: int) -> tuple[int, int]:
-    """Bytes that a process hands to all-reduces, forward and backward: docs/scale.md."""
+    """Bytes that a process hands to collectives, forward and backward: docs/scale.md."""
     rows = batch * layer.heads * n
     w = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
     c = {"head": layer.head_dim, "context": layer.context_dim, "query": layer.query_dim}[plan.scores]
@@ -43,7 +44,7 @@ def formula(plan: Plan, layer: CrossAttention, batch: int, n: int) -> tuple[int,
         on_b += sum(p.numel() for p in layer.k_proj.parameters())
     if plan.values == "head":
         on_b += sum(p.numel() for p in layer.v_proj.parameters())
-    return 4 * rows * (width + 2), 4 * (rows * c + on_b)
+    return 4 * rows * (width + 2) + 8 * len(FACTS), 4 * (rows * c + on_b)
 
 
 def work(given: argparse.Namespace) -> None:

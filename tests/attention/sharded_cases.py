@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -344,6 +345,37 @@ def a_mesh_of_batch_and_length():
 
 
 @case
+def batches_that_a_mesh_cannot_share_evenly():
+    if dist.get_world_size() != 4:
+        return
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "length"))
+    for z in (1, 3, 5):
+        for plan in (Plan(), Plan("context", "context")):
+            torch.manual_seed(9)
+            layer = make_layer(plan)
+            a, b = torch.randn(z, N, A).double(), torch.randn(z, M, B).double()
+            wanted = layer(a, b)
+            direction = torch.randn_like(wanted)
+            context = distribute_tensor(b, both, [Shard(0), Shard(1)], src_data_rank=None).requires_grad_()
+            over = distribute_tensor(a, both, [Shard(0), Replicate()], src_data_rank=None).requires_grad_()
+            found = layer(over, context)
+            near(found, wanted, f"{z} items")
+            near(layer.attend(over, layer.prepare(context)), wanted, f"{z} items, prepared")
+            cut = distribute_tensor(direction, both, [Shard(0), Replicate()], src_data_rank=None)
+            mine = torch.autograd.grad((found.to_local() * cut.to_local()).sum(), [over, context])
+            whole_a, whole_b = a.requires_grad_(), b.requires_grad_()
+            grads = torch.autograd.grad((layer(whole_a, whole_b) * direction).sum(), [whole_a, whole_b])
+            for got, want in zip(mine, grads, strict=True):
+                near(got, want, f"gradients of {z} items")
+            near(attention_map(layer, over, context), attention_map(layer, a, b), f"maps of {z} items")
+            [highlight] = attention_map(layer, over, context, [Highlight()])
+            near(highlight, attention_map(layer, a, b, [Highlight()])[0], f"highlight of {z} items")
+            learned = torch.randn(N, A).double()
+            spread = distribute_tensor(learned, both, [Replicate(), Replicate()], src_data_rank=None)
+            near(layer(spread, context), layer(learned, b), f"learned queries of {z} items")
+
+
+@case
 def the_layer_sums_gradients_and_ddp_changes_nothing():
     for plan in (Plan(), Plan("query", "output"), Plan("context", "context")):
         torch.manual_seed(7)
@@ -385,6 +417,94 @@ def fsdp_changes_nothing():
         out.square().sum().backward()
         for name, p in layer.named_parameters():
             near(p.grad.full_tensor(), wanted[name], f"{name} by attend")
+
+
+def sharded_by_fsdp(module, **options):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    fully_shard(module, mesh=mesh(), **options)
+    register_fsdp_forward_method(module, "prepare")
+    register_fsdp_forward_method(module, "attend")
+    return module
+
+
+class Holder(torch.nn.Module):
+    """A layer inside a module that is sharded as a whole, so that the layer itself knows nothing of it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def prepare(self, b):
+        return self.layer.prepare(b)
+
+    def attend(self, a, prepared):
+        return self.layer.attend(a, prepared)
+
+    def forward(self, a, b):
+        return self.layer(a, b)
+
+
+@case
+def what_fsdp_gathers_anew_has_not_changed_and_what_is_written_has():
+    a, b = (tensor.detach() for tensor in make_inputs(m=M))
+    for plan in (Plan(), Plan("context", "context"), Plan("query", "output")):
+        first = make_layer(plan)
+        expected = torch.autograd.grad(first(a, whole := b.clone().requires_grad_()).square().sum(), whole)[0]
+        for make in (
+            lambda layer: sharded_by_fsdp(layer),
+            lambda layer: sharded_by_fsdp(Holder(layer)),
+            lambda layer: sharded_by_fsdp(Holder(layer), reshard_after_forward=True),
+        ):
+            for cut in (lambda b: b, lambda b: as_shards(b, torch_lengths(M))):
+                model = make(deepcopy(first))
+                trained = b.clone().requires_grad_()
+                prepared = model.prepare(cut(trained))
+                with torch.no_grad():
+                    model.attend(a, prepared)
+                model.attend(a, prepared).square().sum().backward(retain_graph=True)
+                part = slice(None) if cut(b) is b else own(torch_lengths(M))
+                near(trained.grad[:, part], expected[:, part], f"gradient of B by {plan}")
+                model.attend(a, prepared).square().sum().backward()  # gathered anew, after its memory was given back
+                for change in (
+                    lambda: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step(),  # noqa: B023
+                    lambda: torch.optim.SGD(model.parameters(), lr=1e-3).step(),  # noqa: B023
+                    lambda: model.load_state_dict({name: 2 * t for name, t in model.state_dict().items()}),  # noqa: B023
+                    lambda: [p.mul_(2) for p in model.parameters()],  # noqa: B023
+                ):
+                    prepared = model.prepare(cut(b.clone().requires_grad_()))
+                    model.attend(a, prepared).sum().backward()
+                    with torch.no_grad():
+                        change()
+                    if plan.scores == plan.values == "context":
+                        model.attend(a, prepared)
+                    else:
+                        refused(ValueError, "out of date", lambda: model.attend(a, prepared))  # noqa: B023
+        layer = make_layer(plan)
+        kept = layer.prepare(trained := b.clone())
+        trained.mul_(2)
+        if plan.scores == "context":
+            refused(ValueError, "out of date: context", lambda: layer.attend(a, kept))  # noqa: B023
+
+
+@case
+def a_part_goes_through_fsdp_without_another_collective_call():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    a, b = make_inputs(m=M)
+    layer = sharded_by_fsdp(make_layer())
+    part = ContextShard(b.detach()[:, own(torch_lengths(M))].requires_grad_(), mesh())
+    with count_traffic() as traffic:
+        layer(a, part)
+    assert [name for name, _ in traffic.sent] == ["all_gather", "all_reduce max", "all_reduce sum"], traffic.sent
+    refused(ValueError, "shards tells of", lambda: replace(part, local=b.detach()[:, :0] if part.local.shape[1] else b.detach()))
+    plain = make_layer(dtype=torch.float32)
+    layer = sharded_by_fsdp(deepcopy(plain), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    a, b = a.detach().float(), b.detach().float()
+    with torch.no_grad():
+        found = layer(a, ContextShard(b[:, own(torch_lengths(M))], mesh()))
+        assert found.dtype == torch.bfloat16
+        assert (found - plain(a, b)).abs().max() < 0.1
 
 
 class Reader(torch.nn.Module):
@@ -445,14 +565,13 @@ def what_travels_does_not_grow_with_the_context():
         for m in (64, 6400):
             layer = make_layer(plan, dtype=torch.float32)
             a, b = make_inputs(m=m, dtype=torch.float32)
-            layer(a, as_shards(b))  # the first call also agrees on the length
             with count_traffic() as forward:
                 out = layer(a, as_shards(b))
             with count_traffic() as backward:
                 out.sum().backward()
             seen.append((forward.nbytes, backward.nbytes))
             rows = Z * H * N
-            assert forward.nbytes == 4 * rows * (width + 2), (forward.sent, rows, width)
+            assert forward.nbytes == 4 * rows * (width + 2) + 8 * len(sharded.FACTS), (forward.sent, rows, width)
             on_b = 0
             if plan.scores == "head":
                 on_b += layer.k_proj.weight.numel() + layer.k_proj.bias.numel()
@@ -461,7 +580,7 @@ def what_travels_does_not_grow_with_the_context():
             if plan.values == "output":
                 on_b += layer.out_proj.weight.numel() + layer.out_proj.bias.numel()
             assert backward.nbytes == 4 * (rows * c + on_b), (backward.sent, rows, c, on_b)
-            assert forward.ring_bytes(world) == forward.nbytes * 2 * (world - 1) / world
+            assert forward.ring_bytes(world) == 4 * rows * (width + 2) * 2 * (world - 1) / world + 56 * (world - 1)
         assert seen[0] == seen[1]
 
 
@@ -580,11 +699,30 @@ def what_is_refused():
         refused(ValueError, "different lengths", lambda: layer(a, DTensor.from_local(part, mesh(), [Shard(1)], run_check=False)))
         refused(ValueError, "same batch, width and dtype", lambda: ContextShard(b if rank else b[:1], mesh()))
         plan = Plan("context", "head") if rank else Plan()
+        make_layer()(a, as_shards(b[:, : M - 1]))  # what one process remembers of it must not keep it from the question
         refused(ValueError, "different plans", lambda: make_layer(plan)(a, as_shards(b[:, : M - 1])))
+        refused(ValueError, "different plans, auto: ", lambda: make_layer(Plan() if rank else "auto")(a, over))
+        refused(ValueError, "must ask the same of it", lambda: layer(a[:, : rank + 1], over))
+
+
+def a_lost_peer():
+    """Not a case of its own: the last process goes away in the middle."""
+    layer, (a, b) = make_layer(), make_inputs(m=M)
+    layer(a, as_shards(b))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    try:
+        layer(a, as_shards(b))
+    except ConnectionError as error:
+        print(json.dumps({"passed": str(error)}), flush=True)
+        os._exit(0)
+    raise AssertionError("nothing was said")
 
 
 def main() -> None:
     join()
+    if sys.argv[1:] == ["a_lost_peer"]:
+        return a_lost_peer()
     chosen = sys.argv[1:] or list(CASES)
     for name in chosen:
         torch.manual_seed(0)

@@ -26,6 +26,13 @@ def test_a_case_that_fails_in_one_process_ends_all_and_says_why():
         run_processes(CASES, 2, ["no_such_case"])
 
 
+@pytest.mark.slow
+def test_a_process_that_goes_away_is_told_of_in_words():
+    first, second = run_processes(CASES, 2, ["a_lost_peer"])
+    assert "of the 2 processes that share this context one has ended" in first
+    assert second == ""
+
+
 def test_a_ring_sends_twice_all_but_one_share():
     traffic = Traffic([("all_reduce max", 400), ("all_reduce sum", 1200), ("all_gather", 24)])
     assert traffic.nbytes == 1624

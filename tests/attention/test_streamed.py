@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossattention import CrossAttention, Plan
-from crossattention.attention import BlocksState
+from crossattention.attention import BlocksState, streamed
 from crossattention.data.row_files import RowFile
 from crossattention.layers import ALiBi, QueryKeyRMSNorm, RelativeLogits, Rotary, T5Bias
 from crossattention.plan.plans import ALL_PLANS, CANDIDATES
@@ -248,3 +248,21 @@ def test_a_state_of_another_call_or_a_damaged_one_is_refused(tmp_path: Path) -> 
 def test_what_does_not_fit_is_named(call, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         call(make_layer(), *make_inputs())
+
+
+def test_weights_are_hashed_again_only_after_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, a, blocks = CrossAttention(6, 9, heads=2), torch.randn(1, 5, 6), [torch.randn(1, 7, 9)]
+    hashed = []
+    add = streamed._add_content
+    monkeypatch.setattr(streamed, "_add_content", lambda found, tensors: hashed.append(len(tensors)) or add(found, tensors))
+    with torch.no_grad():
+        layer.attend_blocks(a, blocks)
+        assert hashed == []  # nobody can hand this pass's state on
+        digests = []
+        for change in (lambda: None, lambda: layer.k_proj.bias.add_(1.0), lambda: None):
+            change()
+            state = BlocksState()
+            layer.attend_blocks(a, blocks, state=state)
+            digests.append(state.digest)
+    assert hashed == [1, 8, 1, 8, 1]  # queries each time, the weights twice
+    assert digests[0] != digests[1] == digests[2]

@@ -120,6 +120,24 @@ def test_a_damaged_record_batch_is_named(tmp_path: Path) -> None:
         list(file)
 
 
+def test_a_large_record_batch_is_read_in_slices_and_a_compressed_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'crossattention[data]'")
+    from crossattention.data import row_files
+
+    column = pa.FixedSizeListArray.from_arrays(pa.array(ROWS.numpy().ravel()), 5)
+    table = pa.table({"rows": column}).slice(2)  # begins in the middle of its memory
+    asked = []
+    read = row_files._ArrowPass.read
+    monkeypatch.setattr(row_files._ArrowPass, "read", lambda self, *of: asked.append(of) or read(self, *of))
+    for compression in (None, "lz4"):
+        path = tmp_path / f"{compression}.arrow"
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table)
+        assert torch.equal(torch.cat(list(RowFile(path, block_rows=4))), ROWS[2:])
+        assert bool(asked) is (compression is not None)
+
+
 def test_other_files_and_arguments_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros(3, np.float32))
     np.save(tmp_path / "whole.npy", np.zeros((3, 2), np.int64))

@@ -302,6 +302,31 @@ def test_t5_buckets_are_hugging_faces(bidirectional: bool, num_buckets: int, max
     assert set(part.buckets_of(offsets).tolist()) <= set(range(num_buckets))
 
 
+@pytest.mark.parametrize("distance", [1, -1, 5])
+def test_a_head_can_begin_at_a_distance(distance: int) -> None:
+    """Whatever the queries hold, that distance gets the greatest part of the weights; the other heads are left as they are."""
+    torch.manual_seed(0)
+    part = RelativeLogits(64, 3, 16)
+    before = part.r_proj.weight.detach().clone()
+    part.begin_at(1, distance)
+    queries, at = torch.randn(2, 3, 40, 16), torch.arange(40)
+    with torch.no_grad():
+        weights = part.score_bias(queries, at, at, 16**-0.5).softmax(-1)
+    rows = at[8:-8]
+    assert (weights[:, 1, rows].argmax(-1) == rows - distance).float().mean() > 0.95
+    assert weights[:, 1, rows, rows - distance].mean() > 0.3
+    assert weights[:, 0].max() < 0.5 and torch.equal(part.r_proj.weight[:16], before[:16])
+
+
+def test_heads_that_cannot_begin_at_a_distance_are_refused() -> None:
+    with pytest.raises(ValueError, match="built with bias=False"):
+        RelativeLogits(8, 2, 4, bias=False).begin_at(0, 1)
+    with pytest.raises(ValueError, match="head must be from 0 to 1 and distance from -64 to 64, got 2 and 1"):
+        RelativeLogits(8, 2, 4).begin_at(2, 1)
+    with pytest.raises(ValueError, match="got 0 and 65"):
+        RelativeLogits(8, 2, 4).begin_at(0, 65)
+
+
 def test_relative_logits_within_the_furthest_distance_are_the_unlimited_ones() -> None:
     unlimited = RelativeLogits(DIM, HEADS, K, dtype=torch.float64)
     limited = RelativeLogits(DIM, HEADS, K, max_distance=30, dtype=torch.float64)

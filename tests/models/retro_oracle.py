@@ -47,7 +47,8 @@ class Oracle:
     def encode(self, ids: Tensor, chunk: Tensor, real: Tensor) -> Tensor:
         """One neighbour (r,), of a chunk with activations (c, d)."""
         config, r = self.config, len(ids)
-        x = self.w["embedding.weight" if config.shared_embedding else "encoder.embedding.weight"][ids]
+        table = self.w["embedding.weight" if config.shared_embedding else "encoder.embedding.weight"]
+        x = math.sqrt(table.shape[1]) * table[ids]
         for n in range(config.encoder_layers):
             name = f"encoder.layers.{n}"
             y = self.norm(f"{name}.self_attention_norm", x)
@@ -65,7 +66,7 @@ class Oracle:
         """Of one sequence (n,) with neighbours (l, k, r)."""
         config, n = self.config, len(ids)
         c = config.chunk_length
-        h, encoded = self.w["embedding.weight"][ids], None
+        h, encoded = math.sqrt(config.dim) * self.w["embedding.weight"][ids], None
         for layer in range(config.layers):
             name = f"layers.{layer}"
             y = self.norm(f"{name}.self_attention_norm", h)

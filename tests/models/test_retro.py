@@ -285,9 +285,24 @@ def test_steps_without_retrieval_are_the_language_model() -> None:
     assert state.prepared is None
 
 
+@pytest.mark.parametrize("encoder_dim", [6, 4])
+def test_a_new_model_begins_ready_to_copy(encoder_dim: int) -> None:
+    """Heads that look at the token before and behind, and queries that meet keys of their own kind, where both are of one width."""
+    model = Retro(replace(SMALL, encoder_dim=encoder_dim, encoder_heads=2, encoder_head_dim=5))
+    assert model.encoder is not None
+    for stack, heads in ((model.layers, 1), (model.encoder.layers, 2)):
+        has_bias = [layer.self_attention.positions.bias.bool().any(1).tolist() for layer in stack]
+        assert has_bias[0] == [head < heads for head in range(2)] and not any(map(any, has_bias[1:]))
+    for layer in (model.layers[1], model.layers[2]):
+        attention = layer.cross_attention.attention
+        is_equal = attention.k_proj.weight.shape == attention.q_proj.weight.shape
+        assert is_equal == (encoder_dim == 6)
+        assert not is_equal or torch.equal(attention.k_proj.weight, attention.q_proj.weight)
+
+
 @pytest.mark.parametrize("n", [1, 4, 6])
 def test_greedy_writes_what_the_forward_pass_would(n: int) -> None:
-    model = small()
+    model = small(tied=False)  # tied, random weights would write the same token again and again, whatever they read
     ids, _, _ = inputs(n)
     retrieve, asked = looked_up()
     written = model.greedy(ids, retrieve, new_tokens=19 - n)

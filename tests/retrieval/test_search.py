@@ -50,9 +50,11 @@ def test_an_exact_search_is_that_of_every_pair(vectors, monkeypatch):
     assert (ids == by_hand(queries, vectors[600:], 7)[0] + 600).all()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9, 0.999, 1.0])
-def test_what_is_excluded_is_not_found_and_all_else_is(share, vectors, monkeypatch):
-    monkeypatch.setattr(searching, "BLOCK_ROWS", 400)
+@pytest.mark.parametrize("many", [1, 64])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.9, 0.999, 1.0])
+def test_what_is_excluded_is_not_found_and_all_else_is(share, many, vectors, monkeypatch):
+    for name, size in {"BLOCK_ROWS": 400, "_SAMPLED": 50, "_SCANNED_TOGETHER": 7, "_MOST_EXACT": 24, "_MANY": many}.items():
+        monkeypatch.setattr(searching, name, size)
     queries = clustered(20, seed=1)
     out = np.random.default_rng(2).random((20, 1500)) < share
     ids, distances = Search(vectors).nearest(queries, 5, exclusion=Exclusion(lambda rows, names: out[rows[:, None], names]))
@@ -78,12 +80,14 @@ def test_several_files_are_as_one(vectors, shards):
     np.testing.assert_allclose(one, many)
 
 
-def test_an_approximate_search_looks_further_where_much_is_excluded(vectors, shards):
+def test_an_approximate_search_looks_further_where_much_is_excluded(vectors, shards, monkeypatch):
     queries = clustered(20, seed=1)
     out = np.random.default_rng(2).random((20, 1500)) < 0.97
     exclusion = Exclusion(lambda rows, names: out[rows[:, None], names])
-    ids, _ = Search(vectors, IvfIndex(shards[:1], CONFIG)).nearest(queries, 5, exclusion=exclusion)
-    assert (ids >= 0).all() and not out[np.arange(20)[:, None], ids].any()
+    for scanned in (0, 1500):  # by more parts of the index, and by all stored embeddings
+        monkeypatch.setattr(searching, "_SCANNED", scanned)
+        ids, _ = Search(vectors, IvfIndex(shards[:1], CONFIG)).nearest(queries, 5, exclusion=exclusion)
+        assert (ids >= 0).all() and not out[np.arange(20)[:, None], ids].any()
 
 
 def test_what_does_not_fit_is_named(vectors, shards, tmp_path):

@@ -1,6 +1,7 @@
 """A recipe, made small, trained by one process or several.
 
 python parallel_runs.py RECIPE DATA OUT STEPS PARALLEL [resume]     prints each event's step and loss as JSON
+python parallel_runs.py RECIPE DATA evaluate                        prints the scores of a new model, and how many batches it did
 
 Alone, or started by `processes.run_processes`. Without dropout, as several processes draw other numbers than one.
 """
@@ -10,11 +11,14 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from crossattention.training.config import TrainConfig
 from crossattention.training.events import Evaluated, Finished, Started, Step
 from crossattention.training.loop import train
+from crossattention.training.processes import Processes
+from crossattention.training.randomness import seed_everything
 from processes import join
 
 STILL = {"dim": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feed_forward_dim": 24, "dropout": 0.0}
@@ -78,12 +82,47 @@ def config_of(recipe: str, steps: int, parallel: str) -> TrainConfig:
     return TrainConfig(steps=steps, evaluate_every=4, learning_rate=2e-3, parallel=parallel, **more)
 
 
+def evaluate(task, config: TrainConfig) -> None:
+    """Scores of a model of random weights, by all processes, in batches of which there are several."""
+    from crossattention.recipes import byte_text, images, retro, translator, vqa
+
+    translator._SYMBOLS_TOGETHER = 1
+    for module in (byte_text, images, retro, vqa):
+        module._TOGETHER = 1
+    processes = Processes(config)
+    seed_everything(0)
+    model = task.build_model().eval()
+    done = 0
+    shared = processes.together()
+
+    def counting(work, items, plain=shared.map):
+        def counted(item):
+            nonlocal done
+            done += 1
+            return work(item)
+
+        return plain(counted, items)
+
+    shared.map = counting
+    with torch.no_grad():
+        evaluation = task.evaluate(model, shared)
+    shared.finish()
+    print(json.dumps({"metrics": evaluation.metrics, "batches": done, "sample": evaluation.sample is not None}), flush=True)
+
+
 def main() -> None:
-    recipe, data, out, steps, parallel = sys.argv[1:6]
+    recipe, data, *rest = sys.argv[1:]
     if "MEETING_FILE" in os.environ:
         join()
     task = make_task(recipe, Path(data))
-    for event in train(task, config_of(recipe, int(steps), parallel), out, resume=sys.argv[6:] == ["resume"]):
+    if rest == ["evaluate"]:
+        torch.set_num_threads(1)
+        evaluate(task, config_of(recipe, 1, "ddp"))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    out, steps, parallel = rest[:3]
+    for event in train(task, config_of(recipe, int(steps), parallel), out, resume=rest[3:] == ["resume"]):
         if isinstance(event, Step):
             print(json.dumps({"step": event.step, "loss": event.loss, "norm": event.gradient_norm}), flush=True)
         elif isinstance(event, Evaluated):

@@ -23,6 +23,30 @@ def test_the_first_signal_is_noted_and_the_second_raises():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_sigterm_that_comes_again_says_nothing_new():
+    with Interruption() as interruption:
+        for _ in range(3):
+            kill(signal.SIGTERM)
+        assert interruption.signal_number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            kill(signal.SIGINT)
+
+
+def test_a_sigint_that_a_launcher_hands_on_is_the_same_and_a_later_one_is_not(monkeypatch):
+    from crossattention.training import interruption as module
+
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with Interruption(has_launcher=True) as interruption:
+        kill(signal.SIGINT)
+        clock[0] += 0.5
+        kill(signal.SIGINT)
+        assert interruption.signal_number == signal.SIGINT
+        clock[0] += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            kill(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_inside_at_once_the_first_signal_raises(number):
     with Interruption() as interruption:

@@ -110,6 +110,22 @@ def test_two_processes_learn_what_one_learns(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["g2p", "seq2seq", "vqa", "images", "bytes", "listen", "retro"])
+def test_two_processes_score_what_one_scores(recipe, tmp_path):
+    """The batches are shared, and the scores are those of one process to the last bit."""
+    data = tmp_path / "data"
+    command = [sys.executable, str(PROGRAM), recipe, str(data), "evaluate"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+    assert done.returncode == 0, done.stderr
+    [one] = lines_of(done.stdout)
+    [first], [second] = (lines_of(said) for said in run_processes(PROGRAM, 2, [recipe, str(data), "evaluate"]))
+    assert first["metrics"] == second["metrics"] == one["metrics"]
+    assert one["batches"] == first["batches"] + second["batches"]
+    assert second["batches"] > 0 or one["batches"] == 1
+    assert first["sample"] and not second["sample"]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_any_number_of_processes_of_any_kind(tmp_path):
     """Two DDP, then three FSDP, then one: the losses are those of one process from the first step to the last."""
     data, out = tmp_path / "data", tmp_path / "run"

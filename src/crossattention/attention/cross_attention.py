@@ -27,7 +27,6 @@ from crossattention.attention.prepared import (
     PreparedQueries,
     Stamp,
     fingerprint,
-    watch_gathered,
 )
 from crossattention.attention.products import is_traced, is_transformed
 from crossattention.attention.ragged import PreparedRagged, attend_ragged, contexts_of, forward_ragged, prepare_ragged
@@ -758,7 +757,6 @@ class CrossAttention(nn.Module):
             keys, values = keys.contiguous(), values.contiguous()
         stamp = UNCHECKED
         if stamped and not torch.compiler.is_compiling():
-            watch_gathered(self)
             stamp = Stamp.of(self._token, self._made_of(plan, keys, values))
         return PreparedContext(keys, values, key_bias, context_mask, positions, plan, stamp)
 

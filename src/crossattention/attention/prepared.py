@@ -22,18 +22,14 @@ from crossattention.plan import Plan
 # here, by the parameter's id, which stays in the table as long as the parameter lives.
 _optimizer_steps: dict[int, int] = {}
 
-# Weights that FSDP gathers before each use lie at another address each time, and no optimizer holds them: it steps their shards,
-# DTensors, whose steps are counted together.
-_gathered: set[int] = set()
-_sharded_steps = 0
+# Weights that FSDP2 gathers before each use lie at another address each time, and change where their shards are written to, which
+# torch keeps beside them: its record of each by the gathered weight's id.
+_records: dict[int, weakref.ref[Any]] = {}
 
 
 def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _sharded_steps
     if not _optimizer_steps:
         return
-    if _gathered and any(hasattr(p, "placements") for group in optimizer.param_groups for p in group["params"]):
-        _sharded_steps += 1
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) in _optimizer_steps:
@@ -43,29 +39,48 @@ def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 register_optimizer_step_post_hook(_count_steps)
 
 
-def watch(tensor: Tensor) -> None:
-    """Count the optimizer steps over a parameter from now on."""
-    if isinstance(tensor, nn.Parameter) and id(tensor) not in _optimizer_steps:
-        _optimizer_steps[id(tensor)] = 0
-        weakref.finalize(tensor, _optimizer_steps.pop, id(tensor), None)
+def watch(*tensors: Tensor) -> None:
+    """Count the optimizer steps over parameters from now on; of those that FSDP2 gathers, over their shards."""
+    new = [t for t in tensors if isinstance(t, nn.Parameter) and id(t) not in _optimizer_steps and id(t) not in _records]
+    fsdp = sys.modules.get("torch.distributed.fsdp") if new else None
+    kept = {id(r._unsharded_param): r for r in _records_of_fsdp()} if fsdp is not None and fsdp.FSDPModule.__subclasses__() else {}
+    for parameter in new:
+        record = kept.get(id(parameter))
+        if record is not None:
+            _records[id(parameter)] = weakref.ref(record)
+            weakref.finalize(parameter, _records.pop, id(parameter), None)
+        counted = parameter if record is None else record.sharded_param
+        if id(counted) not in _optimizer_steps:
+            _optimizer_steps[id(counted)] = 0
+            weakref.finalize(counted, _optimizer_steps.pop, id(counted), None)
 
 
-def watch_gathered(module: nn.Module) -> None:
-    """Know the weights of a module that FSDP (`fully_shard`) shards: they are gathered anew for each call of its methods."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
-        return
-    for parameter in module.parameters():
-        if id(parameter) not in _gathered:
-            _gathered.add(id(parameter))
-            weakref.finalize(parameter, _gathered.discard, id(parameter))
+def _records_of_fsdp() -> list[Any]:
+    """What torch keeps of each weight that `fully_shard` has sharded and that was gathered once.
+
+    None of its names are public. Where a torch has others nothing is found, and a weight that was gathered anew counts as changed.
+    """
+    try:
+        from torch.distributed._composable_state import _get_module_state, _module_state_mapping
+
+        states = [_get_module_state(module) for module in list(_module_state_mapping)]
+        groups = []
+        for state in states:  # before torch 2.12 a state had one group
+            groups += getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        return [record for group in groups if group for record in group.fsdp_params if hasattr(record, "_unsharded_param")]
+    except (ImportError, AttributeError, AssertionError):
+        return []
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor is replaced, moved, or written to by an optimizer, by loading, or in place."""
     key = id(tensor)
-    if _gathered and key in _gathered:
-        return key, -1, -1, tensor.dtype, _sharded_steps
+    if _records and key in _records:
+        record = _records[key]()
+        if record is not None:
+            shard = record.sharded_param
+            local = shard._local_tensor
+            return key, shard._version, local._version, local.data_ptr(), tensor.dtype, id(shard), _optimizer_steps.get(id(shard))
     try:
         return key, tensor._version, tensor.data_ptr(), tensor.dtype, _optimizer_steps.get(key)
     except RuntimeError:  # inference tensors have no version, wrappers have no address
@@ -74,6 +89,11 @@ def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
 
 KEPT_CONTEXT = "context"
 """Name, in a stamp, of the B that a prepared context keeps."""
+
+
+def _print_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """The fingerprint of what stands under a name; of a B that is kept, that of its memory, as engines hand on aliases."""
+    return fingerprint(tensor)[1:] if name == KEPT_CONTEXT else fingerprint(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +114,15 @@ class Stamp:
     def of(cls, owner: int, tensors: Iterable[tuple[str, Tensor]]) -> Stamp:
         """A stamp of a layer's token and of the named tensors that the prepared context was made of."""
         named = tuple(tensors)
-        for _, tensor in named:
-            watch(tensor)
-        return cls(owner, tuple(name for name, _ in named), tuple(fingerprint(tensor) for _, tensor in named))
+        watch(*(tensor for _, tensor in named))
+        return cls(owner, tuple(name for name, _ in named), tuple(_print_of(*one) for one in named))
 
     def changed_since(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of the tensors that are not what they were."""
         named = list(tensors)
-        if len(named) == len(self.prints) and all(
-            fingerprint(tensor) == then for (_, tensor), then in zip(named, self.prints, strict=True)
-        ):
+        if len(named) == len(self.prints) and all(_print_of(*one) == then for one, then in zip(named, self.prints, strict=True)):
             return []
-        now = {name: fingerprint(tensor) for name, tensor in named}
+        now = {name: _print_of(name, tensor) for name, tensor in named}
         return [name for name, then in zip(self.names, self.prints, strict=True) if now.get(name) != then]
 
     def without(self, *names: str) -> Stamp:
@@ -122,7 +139,7 @@ class Stamp:
     def changed_among(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of these tensors that are not what they were, or that the stamp does not know."""
         then = dict(zip(self.names, self.prints, strict=True))
-        return [name for name, tensor in tensors if then.get(name) != fingerprint(tensor)]
+        return [name for name, tensor in tensors if then.get(name) != _print_of(name, tensor)]
 
 
 UNCHECKED = Stamp(None)

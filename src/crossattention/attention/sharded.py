@@ -30,7 +30,7 @@ from crossattention.attention import execute
 from crossattention.attention.fused import fold_mask, spread, widen
 from crossattention.attention.masks import combine_masks, fold_repeats
 from crossattention.attention.partial import Part, Partial, attend_part, backward_of_part, merge_partials, scores_of_part
-from crossattention.attention.prepared import PreparedContext, PreparedQueries, Stamp, watch_gathered
+from crossattention.attention.prepared import PreparedContext, PreparedQueries, Stamp
 from crossattention.plan import CANDIDATES, Plan, PlanError, choose_plan
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 PIECE_SCORES = 1 << 24
 """Scores that are held at once where no fused kernel gives a log-sum-exp."""
 
-_agreed: dict[tuple[Any, ...], Plan] = {}
+FACTS = ("length", "part", "plan", "is chosen", "batch", "queries", "repeats")
+"""What a process tells the others at each `prepare` or `forward`, 8 bytes each, so that all do the same or all refuse."""
 
 
 # ----------------------------------------------------------------------------------------------------- what travels
@@ -99,7 +100,8 @@ def all_reduce(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> Tens
     """The "sum" or "max" of a tensor over a group, in the tensor's own memory, which is whole."""
     if tensor.numel():
         _note(f"all_reduce {operation}", tensor)
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=group)
+        with _naming_the_lost(group):
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
 
 
@@ -109,8 +111,27 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     if tensor.numel():
         _note("all_gather", tensor)
-        dist.all_gather(gathered, tensor, group=group)
+        with _naming_the_lost(group):
+            dist.all_gather(gathered, tensor, group=group)
     return gathered
+
+
+@contextmanager
+def _naming_the_lost(group: dist.ProcessGroup) -> Iterator[None]:
+    """Say what a failed collective call means.
+
+    Raises:
+        ConnectionError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise ConnectionError(
+            f"of the {dist.get_world_size(group)} processes that share this context one has ended, failed, or did not come to the "
+            "same call in the group's time (all must call the layer in the same order, with queries of one shape); look at what "
+            f"the others say, and start all again. The collective call said: {said}"
+        ) from error
 
 
 # -------------------------------------------------------------------------------------------- how a context is sharded
@@ -125,12 +146,14 @@ class Shards:
         lengths: the length of each process's part, in the order of the group.
         rank: this process's place in the group.
         layout: mesh, placements and mesh dimension of the DTensor that the context came as; None for a `ContextShard`.
+        batch: items of that DTensor, over all of the mesh.
     """
 
     group: dist.ProcessGroup
     lengths: tuple[int, ...]
     rank: int
     layout: tuple[DeviceMesh, tuple[Placement, ...], int] | None = None
+    batch: int = 0
 
     @property
     def length(self) -> int:
@@ -158,9 +181,8 @@ class Shards:
         placed = [Shard(dim) if place == mesh_dim else placement for place, placement in enumerate(placements)]
         shape = list(local.shape)
         shape[dim] = self.length
-        for place, placement in enumerate(placed):
-            if place != mesh_dim and placement.is_shard(0):
-                shape[0] *= mesh.size(place)
+        if any(place != mesh_dim and placement.is_shard(0) for place, placement in enumerate(placed)):
+            shape[0] = self.batch  # the parts may be uneven
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local.contiguous(), mesh, placed, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -176,10 +198,12 @@ class ContextShard:
     Args:
         local: (z, m of this process, b).
         mesh: a mesh of one dimension, or a process group.
+        shards: how the whole lies, where that is known from another `ContextShard` of the same lengths: no collective call then.
 
     Raises:
         TypeError: `local` is no dense tensor, or `mesh` neither a mesh nor a group.
-        ValueError: a mesh of several dimensions; parts whose batch, width or dtype differ, said by every process.
+        ValueError: a mesh of several dimensions; parts whose batch, width or dtype differ, said by every process; a part of another
+            length than `shards` tells.
 
     Example:
         >>> import tempfile, torch, torch.distributed as dist
@@ -195,7 +219,7 @@ class ContextShard:
 
     local: Tensor
     mesh: DeviceMesh | dist.ProcessGroup
-    shards: Shards = field(init=False)
+    shards: Shards = field(default=None, repr=False)  # type: ignore[assignment]  # filled in; an argument, so that copies keep it
 
     def __post_init__(self) -> None:
         if not isinstance(self.local, Tensor) or self.local.is_nested or is_dtensor(self.local):
@@ -207,6 +231,11 @@ class ContextShard:
             raise ValueError(f"ContextShard takes (batch, length, width), got shape {tuple(self.local.shape)}")
         group = _group_of(self.mesh)
         z, m, width = self.local.shape
+        if self.shards is not None:
+            told = self.shards.lengths[self.shards.rank]
+            if told != m:
+                raise ValueError(f"shards tells of {told} positions in this process, but the part has {m}; leave shards out")
+            return
         facts = torch.tensor([z, m, width, _DTYPES.index(self.local.dtype)], device=self.local.device)
         seen = torch.stack(all_gather(facts, group)).tolist()
         if len({(batch, wide, dtype) for batch, _, wide, dtype in seen}) > 1:
@@ -283,7 +312,7 @@ def open_context(b: DTensor | ContextShard) -> tuple[Tensor, Shards]:
             f"{lengths[rank]}, but its part has {local.shape[1]}; DTensor.from_local does not know uneven parts: pass them as "
             "ContextShard(local, mesh)"
         )
-    return local, Shards(mesh.get_group(dim), lengths, rank, (mesh, placements, dim))
+    return local, Shards(mesh.get_group(dim), lengths, rank, (mesh, placements, dim), b.shape[0])
 
 
 def own_part(name: str, given: Tensor | None, shards: Shards, dim: int = -1) -> Tensor | None:
@@ -387,10 +416,12 @@ def prepare_shard(
     """`CrossAttention.prepare` of this process's part, by a plan that all processes agree on."""
     local, shards = open_context(b)
     layer._check_context(tuple(local.shape))
+    asked = (local.shape[0], -1 if query_length is None else query_length, repeats or 1)
     if plan is None:
-        plan = _plan_of(layer, local, shards, query_length, repeats, uses, shares_queries)
+        plan, is_chosen = _plan_of(layer, local, shards, query_length, repeats, uses, shares_queries)
     else:
-        _agree(shards, plan, (), local.device)
+        is_chosen = False
+    plan = _agree(shards, plan, is_chosen, asked, local.device)
     context_mask = own_part("context_mask", context_mask, shards)
     context_positions = own_part("context_positions", context_positions, shards)
     if layer.positions is not None and context_positions is None:
@@ -398,7 +429,6 @@ def prepare_shard(
     with _summed_gradients(shards.group, *_modules_on_b(layer, plan)):
         made = layer._prepare(local, context_mask, context_positions, plan, stamped=False, uses=uses or 1, only_keys=only_keys)
     if stamped:  # of the weights themselves, not of what stood in their place
-        watch_gathered(layer)
         made = replace(made, stamp=Stamp.of(layer._token, layer._made_of(plan, made.keys, made.values)))
     return PreparedShard(made, shards)
 
@@ -411,49 +441,43 @@ def _plan_of(
     repeats: int | None,
     uses: int | None,
     shares_queries: bool,
-) -> Plan:
-    """The plan for the longest part, the same in all processes even where their processors or settings differ."""
+) -> tuple[Plan, bool]:
+    """This process's plan for the longest part, and whether it was chosen by size, so that the first process's is everybody's."""
     hinted = query_length is not None or uses is not None or repeats is not None
     if layer.plan != "auto" or not hinted:
-        plan = layer._plan_of(local, None, None, None)
-        _agree(shards, plan, (), local.device)
-        return plan
-    trains = layer._trains(local)
+        return layer._plan_of(local, None, None, None), False
     n = 1 if query_length is None else query_length
-    key = (local.shape[0], n, repeats or 1, uses or 1, shares_queries, trains, local.dtype, layer.forbidden(), layer.extra_repr())
-    known = _agreed.get((shards.group.group_name, shards.length, *key))
-    if known is not None:
-        return known
     shape = (local.shape[0], max(shards.lengths), local.shape[2])
+    trains = layer._trains(local)
     sizes = layer._sizes(shape, n, repeats or 1, uses or 1, None, shares_queries=shares_queries, trains=trains)
     candidates = choose_plan(sizes, layer.forbidden()).candidates
     # Results of the "output" space are as wide as the output for each head, and would all travel.
     fitting = [c for c in candidates if c.is_legal and c.plan.kernel == "fused" and c.plan.values != "output"]
-    chosen = min(fitting, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan
-    return _agree(shards, chosen, key, local.device)
+    return min(fitting, key=lambda c: (c.exceeds_memory, c.cost.seconds)).plan, True
 
 
-def _agree(shards: Shards, plan: Plan, key: tuple[Any, ...], device: torch.device) -> Plan:
-    """The first process's plan, once the processes have told each other what they take the context to be.
+def _agree(shards: Shards, plan: Plan, is_chosen: bool, asked: tuple[int, int, int], device: torch.device) -> Plan:
+    """The first process's plan, once the processes have told each other what they take the call to be.
 
-    A collective call the first time that a group meets a length, and where plans are chosen the first time for such work.
+    A collective call each time: a process that remembered an earlier answer would leave one that does not know it waiting.
     """
-    known = (shards.group.group_name, shards.length, *key)
-    if known in _agreed and (key or _agreed[known] == plan):
-        return _agreed[known]
-    facts = torch.tensor([shards.length, shards.lengths[shards.rank], CANDIDATES.index(plan)], device=device)
-    seen = torch.stack(all_gather(facts, shards.group)).tolist()
-    if len({length for length, _, _ in seen}) > 1 or sum(part for _, part, _ in seen) != shards.length:
-        told = "; ".join(f"process {rank}: {length}, of which {part} there" for rank, (length, part, _) in enumerate(seen))
+    own = (shards.length, shards.lengths[shards.rank], CANDIDATES.index(plan), int(is_chosen), *asked)
+    seen = torch.stack(all_gather(torch.tensor(own, device=device), shards.group)).tolist()
+    if len({length for length, *_ in seen}) > 1 or sum(part for _, part, *_ in seen) != shards.length:
+        told = "; ".join(f"process {rank}: {length}, of which {part} there" for rank, (length, part, *_) in enumerate(seen))
         raise ValueError(
             f"the processes take the context to be of different lengths ({told}); DTensor.from_local does not know uneven parts: "
             "pass them as ContextShard(local, mesh)"
         )
-    if not key and len({place for _, _, place in seen}) > 1:
-        told = ", ".join(str(CANDIDATES[place]) for _, _, place in seen)
+    if len({tuple(facts[4:]) for facts in seen}) > 1:
+        told = "; ".join(f"process {rank}: {z} contexts, {n} queries, {r} repeats" for rank, (*_, z, n, r) in enumerate(seen))
+        raise ValueError(
+            f"the processes that share a context must ask the same of it, got {told}; pass all of them the same queries"
+        )
+    if len({facts[3] for facts in seen}) > 1 or (not is_chosen and len({facts[2] for facts in seen}) > 1):
+        told = ", ".join(("auto: " if chosen else "") + str(CANDIDATES[place]) for _, _, place, chosen, *_ in seen)
         raise PlanError(f"the layers of the processes have different plans, {told}; give all of them the same")
-    _agreed[known] = CANDIDATES[seen[0][2]]
-    return _agreed[known]
+    return CANDIDATES[seen[0][2]]
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -477,7 +501,9 @@ def attend_shard(
             "one mask of the whole map; build the layer with dropout=0.0, or call layer.eval()"
         )
     if is_dtensor(a):
-        return _replaced(a, attend_shard(layer, open_queries(a, prepared.shards), prepared, attn_mask, query_positions))
+        return _replaced(
+            a, attend_shard(layer, open_queries(a, prepared.shards), prepared, attn_mask, query_positions), prepared.shards
+        )
     local, shards = prepared.local, prepared.shards
     layer._check_attendable(a, local)
     queries, keys, values, mask = _meet(layer, a, prepared, attn_mask, query_positions)
@@ -508,11 +534,17 @@ def open_queries(a: Any, shards: Shards) -> Tensor:
     return local
 
 
-def _replaced(a: Any, out: Tensor) -> Tensor:
-    """The output as a DTensor, placed as the queries."""
-    from torch.distributed.tensor import DTensor
+def _replaced(a: Any, out: Tensor, shards: Shards) -> Tensor:
+    """The output as a DTensor, placed as the queries; of learned queries, which have no batch, as the context over its batch."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(out, a.device_mesh, a.placements, run_check=False)
+    assert shards.layout is not None
+    mesh, placements, _ = shards.layout
+    placed = a.placements if a.dim() > 2 else [p if p.is_shard(0) else Replicate() for p in placements]
+    batch = a.shape[0] if a.dim() > 2 else shards.batch
+    shape = torch.Size((batch, *out.shape[1:]))  # told, as the parts of a batch may be uneven
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(out.contiguous(), mesh, placed, run_check=False, shape=shape, stride=stride)
 
 
 def _meet(

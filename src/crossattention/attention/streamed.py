@@ -13,18 +13,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossattention.attention import execute
 from crossattention.attention.fused import spread
 from crossattention.attention.masks import combine_masks
 from crossattention.attention.partial import Part, Partial, attend_part, backward_of_part, merge_partials, scores_of_part
+from crossattention.attention.prepared import fingerprint, watch
 from crossattention.attention.products import multiply
 from crossattention.plan import Plan
 from crossattention.plan.blocks import BLOCK_SCORES
@@ -147,13 +149,38 @@ def attend_streamed(
             "the backward pass reads the blocks again, but an iterator can be read once; pass something that can be iterated anew "
             "(a list, a RowFile, an object with __iter__), or call under torch.no_grad()"
         )
-    state = BlocksState() if state is None else state
-    if not isinstance(state, BlocksState):
+    if not isinstance(state, BlocksState | None):
         raise TypeError(f"state must be a BlocksState, got {type(state).__name__}")
-    stream.start(state)
+    if state is not None or progress is not None:  # nobody else sees a state, which then need not say of what it is
+        state = BlocksState() if state is None else state
+        stream.start(state)
+    state = BlocksState() if state is None else state
     parameters = stream.parameters if trains else []
     read = _Streamed.apply(stream, state, progress, stream.queries, stream.projected, *parameters)
     return stream.finish(read)
+
+
+_digests: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], bytes]] = weakref.WeakKeyDictionary()
+
+
+def _weights_digest(layer: nn.Module) -> bytes:
+    """The digest of a layer's weights, made anew only where one has changed: it costs a read of them all."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    watch(*tensors)
+    prints = tuple((*fingerprint(tensor), tensor.device) for tensor in tensors)
+    kept = _digests.get(layer)
+    if kept is not None and kept[0] == prints:
+        return kept[1]
+    found = hashlib.sha256()
+    _add_content(found, tensors)
+    if all(one[1] != -1 for one in prints):  # tensors of inference mode do not tell that they changed
+        _digests[layer] = prints, found.digest()
+    return found.digest()
+
+
+def _add_content(found: Any, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        found.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
 
 
 class Stream:
@@ -308,10 +335,8 @@ class Stream:
     def digest(self) -> str:
         """What tells this call from another: its queries, weights and plan."""
         found = hashlib.sha256(f"{self.plan} {self.layer.scale} {self.batch} {tuple(self.queries.shape)}".encode())
-        with torch.no_grad():
-            for tensor in (self.queries, self._query_positions, *self.layer.parameters(), *self.layer.buffers()):
-                if tensor is not None:
-                    found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        _add_content(found, [t for t in (self.queries, self._query_positions) if t is not None])
+        found.update(_weights_digest(self.layer))
         return found.hexdigest()
 
     def read(

@@ -295,13 +295,16 @@ class _Arrow:
         self.path = path
         pa = _pyarrow()
         try:
-            with pa.memory_map(str(path)) as mapped:  # only the lengths are looked at: nothing of the rows is read
+            with pa.memory_map(str(path)) as mapped:  # only lengths and places are looked at: nothing of the rows is read
                 reader = pa.ipc.open_file(mapped)
-                lengths = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
                 schema = reader.schema
+                vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+                column = name if name in vectors else vectors[0] if vectors else None
+                found = [_batch_in_file(reader.get_batch(i), column, mapped) for i in range(reader.num_record_batches)]
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is no Arrow IPC file, or is damaged or cut short: {str(error).splitlines()[0]}") from None
-        vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+        lengths = [length for length, _ in found]
+        self.places = [place for _, place in found]
         self.name = _one_of(path, "fixed-size list column", vectors, name)
         kind = schema.field(self.name).type
         try:
@@ -318,20 +321,41 @@ class _Arrow:
         return _ArrowPass(self)
 
     def read(self, file: Any, start: int, stop: int, memory: _Memory) -> Tensor:
-        return file.read(start, stop)
+        batch = int(np.searchsorted(self._starts, start, side="right")) - 1
+        place = self.places[batch] if start < stop else None
+        if place is None:
+            return file.read(start, stop)
+        first = self._starts[batch]
+        rows = _Flat(self.path, place, (self.rows, self.width), self.dtype, "")
+        return rows.read(file.plain, start - first, stop - first, memory)
+
+
+def _batch_in_file(batch: Any, column: str | None, mapped: Any) -> tuple[int, int | None]:
+    """The length of a record batch, and the byte of the file at which its numbers lie end to end; None where they do not.
+
+    They do not where they are compressed, or where some are missing.
+    """
+    if column is None or batch.column(column).null_count or batch.num_rows == 0:
+        return batch.num_rows, None
+    numbers = batch.column(column).flatten()
+    mapped.seek(0)
+    whole = mapped.read_buffer(mapped.size())  # a view
+    at = numbers.buffers()[1].address + numbers.offset * (numbers.type.bit_width // 8) - whole.address
+    return batch.num_rows, at if numbers.null_count == 0 and 0 <= at < whole.size else None
 
 
 class _ArrowPass:
-    """One pass over an Arrow file, with the record batch that is being read."""
+    """One pass over an Arrow file, with the record batch that is being read where it must be read whole."""
 
     def __init__(self, told: _Arrow) -> None:
         pa = _pyarrow()
         self.told, self.batch, self._invalid = told, -1, pa.ArrowInvalid
+        self.plain = open(told.path, "rb", buffering=0)
         self.file = pa.OSFile(str(told.path))
         try:
             self.reader = pa.ipc.open_file(self.file)
         except (pa.ArrowInvalid, OSError) as error:
-            self.file.close()
+            self.close()
             raise ValueError(f"{told.path} cannot be read any more: {str(error).splitlines()[0]}") from None
         self.rows = torch.empty(0, told.width)
 
@@ -355,6 +379,7 @@ class _ArrowPass:
 
     def close(self) -> None:
         self.file.close()
+        self.plain.close()
 
 
 def _pyarrow() -> Any:

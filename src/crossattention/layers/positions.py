@@ -361,6 +361,39 @@ class RelativeLogits(PositionPart):
         context = sinusoidal_positions(context_positions, self.dim, dtype=wide.dtype)
         return turned @ (context.unsqueeze(1) if context.dim() == 3 else context).transpose(-1, -2)
 
+    @torch.no_grad()
+    def begin_at(self, head: int, distance: int, *, score: float = 6.0, reach: int = 64) -> None:
+        """Give a head weights with which it first of all looks at one distance, whatever stands there.
+
+        A query at p then adds about `score` (with the usual scale, 1 over the root of the width) to the context position that lies
+        `distance` before it, and next to nothing to the others within reach. Training is free to change it. Needs the bias.
+
+        Args:
+            head: which head, counted from 0.
+            distance: p - s of the position looked at: 1 is the one before, -1 the one behind.
+            score: what it adds there.
+            reach: distances up to it, either way, are told apart.
+
+        Raises:
+            ValueError: no bias, a head that is not there, a distance out of reach.
+        """
+        if self.bias is None:
+            raise ValueError("begin_at sets a head's bias, but this part was built with bias=False; build it with one")
+        if not 0 <= head < self.heads or not -reach <= distance <= reach:
+            raise ValueError(
+                f"head must be from 0 to {self.heads - 1} and distance from -{reach} to {reach}, got {head} and {distance}"
+            )
+        known = torch.arange(-reach, reach + 1)
+        sinusoids = sinusoidal_positions(known, self.dim, dtype=torch.float64)
+        # The shortest combination of sinusoids that is nearly 1 at the distance and 0 elsewhere: sharper ones have long weights,
+        # which answer to whatever a query holds.
+        inner = sinusoids @ sinusoids.T + 0.1 * torch.eye(len(known), dtype=torch.float64)
+        combined = torch.linalg.solve(inner, (known == distance).double()) @ sinusoids
+        combined /= combined @ sinusoids[distance + reach]
+        row, bias = head * self.head_dim, 8.0  # far above what a query holds in that channel, so that the score is nearly fixed
+        self.r_proj.weight[row] = (combined * (score * self.head_dim**0.5 / bias)).to(self.r_proj.weight)
+        self.bias[head, 0] = bias
+
     def extra_repr(self) -> str:
         """What was given, but for the projection."""
         return f"heads={self.heads}, head_dim={self.head_dim}, max_distance={self.max_distance}"

@@ -4,7 +4,8 @@ Borgeaud, Mensch, Hoffmann, Cai, Rutherford, Millican and others: "Improving lan
 tokens", 2021, arXiv:2112.04426. Where neighbours come from is for `crossattention.retrieval`, or any callable, to say; here they
 are tokens.
 
-    h = E[ids];  for each layer p:   h = h + attention(norm(h))                causal, over the sequence
+    h = sqrt(d) E[ids];  for each layer p:
+                                     h = h + attention(norm(h))                causal, over the sequence
                                      if p is the first of P:  e = encoder(neighbours, h)
                                      if p is in P:            h = h + cca(norm(h), e)
                                      h = h + feed_forward(norm(h))
@@ -30,7 +31,9 @@ Where the paper is silent, contradicts itself or its figures decide:
 - projections have no biases but Transformer-XL's two (u, the query projection's, and v, the position part's); without one in the
   outputs, a token that may read nothing is updated by nothing;
 - scores are divided by the square root of the head width, which the paper's equation and listing leave out;
-- input and output embedding are one matrix (`tied`); the encoder's is its own unless `shared_embedding`, the paper's ablation.
+- input and output embedding are one matrix (`tied`), so that its rows enter both stacks times the root of their width, as in the
+  Transformer: beside sublayers' outputs of variance 1 a token would else hardly show; the encoder's is its own unless
+  `shared_embedding`, the paper's ablation.
 
 Legend: z batch, n length, t new tokens, c tokens of a chunk, l chunks, k neighbours, r their length, d/b widths of decoder and
 encoder, V vocabulary.
@@ -328,7 +331,8 @@ class RetroEncoder(nn.Module):
 
         A neighbour's state depends on that neighbour and its chunk alone.
         """
-        x = self.embedding_dropout((table if self.embedding is None else self.embedding)(ids.flatten(0, 1)))
+        embedding = table if self.embedding is None else self.embedding
+        x = self.embedding_dropout(embedding(ids.flatten(0, 1)) * embedding.embedding_dim**0.5)
         chunks, mask = chunks.flatten(0, 1), None if mask is None else mask.flatten(0, 2)
         for layer in self.layers:
             x = layer(x, chunks, mask)
@@ -467,8 +471,16 @@ class Retro(Pretrained, nn.Module):
         every other matrix       normal, deviation 1/sqrt(inputs)
         biases                   0, of queries and of positions
         norms                    1
+        head 0 of the decoder's first self-attention looks at the token before (`RelativeLogits.begin_at`); in the encoder's first,
+        head 0 at the token before and head 1, where there is one, at the token behind
+        keys of cross-attention  as the queries, where decoder and encoder are of one width and heads
 
-        Source: the paper gives none; the division: Radford et al. 2019, section 2.3.
+        The last two give a token's own reading of a neighbour a start: queries and keys begin alike, so a token finds where it, and
+        what stood before it, stands in a neighbour; and what it reads there holds the token behind. Without them the reading of
+        neighbours begins as noise, and a small model takes many times the steps to learn that text can be copied (dev/LOG.md).
+
+        Source: the paper gives none; the division: Radford et al. 2019, section 2.3; heads that look at the token before are what
+        copying is built on: Olsson et al. 2022, arXiv:2209.11895.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.Linear):
@@ -484,6 +496,20 @@ class Retro(Pretrained, nn.Module):
                 outputs = [weight for name, weight in stack.layers.named_parameters() if name.endswith(_OUTPUTS)]
                 for weight in outputs:
                     weight.div_(len(outputs) ** 0.5)
+        if self.encoder is not None:
+            self._begin_to_copy()
+
+    def _begin_to_copy(self) -> None:
+        assert self.encoder is not None
+        self.layers[0].self_attention.positions.begin_at(0, 1)
+        positions = self.encoder.layers[0].self_attention.positions
+        for head, distance in zip(range(positions.heads), (1, -1), strict=False):
+            positions.begin_at(head, distance)
+        for layer in self.layers:
+            if layer.cross_attention is not None:
+                attention = layer.cross_attention.attention
+                if attention.k_proj.weight.shape == attention.q_proj.weight.shape:
+                    attention.k_proj.weight.copy_(attention.q_proj.weight)
 
     # --------------------------------------------------------------------------------------------------- running
 
@@ -508,7 +534,7 @@ class Retro(Pretrained, nn.Module):
         """
         _check_ids("ids", ids, 2, "(batch, length)")
         found = self._checked(ids, neighbours, neighbour_mask, 0)
-        x, states = self.embedding_dropout(self.embedding(ids)), None
+        x, states = self._embedded(ids), None
         for layer in self.layers:
             x = layer.read_itself(x)
             if found is not None and layer.cross_attention is not None:
@@ -551,7 +577,7 @@ class Retro(Pretrained, nn.Module):
         self._check_state(state, ids)
         found = self._checked(ids, neighbours, neighbour_mask, start)
         before = min(ids.shape[1], c - 1 - start % c)  # tokens that still read what the state has prepared
-        x, states, unfinished = self.embedding_dropout(self.embedding(ids)), None, None
+        x, states, unfinished = self._embedded(ids), None, None
         caches: list[KeyValueCache] = []
         prepared: list[PreparedContext] = []
         olds = iter(() if state is None or state.prepared is None else state.prepared)
@@ -590,6 +616,9 @@ class Retro(Pretrained, nn.Module):
             rest = a[:, before:]
             read.append(torch.zeros_like(rest) if new is None else layer.cross_attention.attend_chunks(rest, new))
         return layer.dropout(torch.cat(read, 1), x)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.embedding_dropout(self.embedding(ids) * self.config.dim**0.5)
 
     def _encoded(self, found: _Found, whole: Tensor) -> Tensor:
         """States (z, l, k, r, b) of neighbours, conditioned on their chunks' activations (z, l c, d)."""

@@ -39,6 +39,7 @@ from crossattention.recipes.byte_ngrams import ByteNGrams, read_text, score_mask
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 from crossattention.views.content import AttentionView
 
 RECIPE = "bytes"
@@ -223,15 +224,18 @@ class BytesTask:
         """The number of masked bytes."""
         return batch.labels.numel()
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """Bits per byte and accuracy on masked bytes of validation windows, always the same ones, and one text to look at."""
-        scores = score_model(model, self.valid, min(self.config.evaluation_windows, self.valid.num_windows))
+        scores = score_model(model, self.valid, min(self.config.evaluation_windows, self.valid.num_windows), together=together)
+        metrics = {name: scores[name] for name in ("bits_per_byte", "accuracy")}
+        if not together.is_first:
+            return Evaluation(metrics)
         [question] = _questions(self.streams["valid"], self.config.length, count=1)
         filler = ByteFiller(model, self.config.length)
         filling = filler.fill([question.marked])[0][0]
         alignment = filler.align(question.marked)
         sample = {"source": question.marked, "predicted": filling.text, "reference": question.text, **asdict(alignment)}
-        return Evaluation({name: scores[name] for name in ("bits_per_byte", "accuracy")}, sample)
+        return Evaluation(metrics, sample)
 
     def examples(self, run: BytesRun, count: int) -> Examples:
         """Test texts with a word hidden, and what a run fills in."""
@@ -341,20 +345,24 @@ def open_run(path: Path, description: Mapping[str, Any], model: Any, step: int |
     return BytesRun(path, description["recipe"], description, step, ByteFiller(model, config.length))
 
 
-def score_model(model: nn.Module, windows: MaskedWindows, count: int, *, on_progress: Any | None = None) -> dict[str, float]:
+def score_model(
+    model: nn.Module, windows: MaskedWindows, count: int, *, on_progress: Any | None = None, together: Together = ALONE
+) -> dict[str, float]:
     """Bits per byte and accuracy of a model on the first `count` windows, and how many bytes these are of."""
     device = next(model.parameters()).device
-    nats, right, total = 0.0, 0, 0
+
+    def score(begin: int) -> tuple[float, int, int]:
+        batch = _first(windows, min(_TOGETHER, count - begin), begin=begin).to(device)
+        logits = model(batch.ids, outputs=batch.positions).flatten(0, 1).float()
+        labels = batch.labels.flatten()
+        if on_progress is not None:
+            on_progress(begin + len(batch.indices))
+        nats = float(F.cross_entropy(logits, labels, reduction="sum"))
+        return nats, int((logits.argmax(-1) == labels).sum()), labels.numel()
+
     with torch.no_grad():
-        for begin in range(0, count, _TOGETHER):
-            batch = _first(windows, min(_TOGETHER, count - begin), begin=begin).to(device)
-            logits = model(batch.ids, outputs=batch.positions).flatten(0, 1).float()
-            labels = batch.labels.flatten()
-            nats += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(-1) == labels).sum())
-            total += labels.numel()
-            if on_progress is not None:
-                on_progress(begin + len(batch.indices))
+        scored = together.map(score, range(0, count, _TOGETHER))
+    nats, right, total = (sum(column) for column in zip(*scored, strict=True))
     return {"bits_per_byte": nats / total / math.log(2), "accuracy": right / total, "masked": total}
 
 

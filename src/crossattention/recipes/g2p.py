@@ -41,6 +41,7 @@ from crossattention.recipes.translator import OnProgress, Prediction, Translator
 from crossattention.recipes.translator_run import TranslatorRun, open_translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 
 RECIPE = "g2p"
 
@@ -155,16 +156,16 @@ class G2PTask:
         """The number of phonemes, END counted."""
         return int((batch.labels != PAD).sum())
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """Error rates of greedy predictions on validation words, and one word to look at.
 
         The rates are of phonemes as they are learned, with stress where that is learned.
         """
         translator = self.learner.translator(model)
-        predicted = [prediction.text for prediction in translator.predict_all(list(self.held_out))]
+        predicted = [prediction.text for prediction in translator.predict_all(list(self.held_out), together=together)]
         scores = score_pronunciations(predicted, list(self.held_out.values()))
         metrics = {"per": scores.per, "wer": scores.wer, "per_macro": scores.per_macro}
-        return Evaluation(metrics, sample_of(translator, SAMPLE_WORD, self.sample_reference))
+        return Evaluation(metrics, sample_of(translator, SAMPLE_WORD, self.sample_reference) if together.is_first else None)
 
     def describe(self) -> dict[str, Any]:
         """What a run's folder holds beside the weights, for JSON."""

@@ -29,6 +29,7 @@ from crossattention.recipes.pictures import PictureMap, Prediction, png_of
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 from crossattention.views.content import AttentionLayer, AttentionView, ImageSide, TextSide
 
 RECIPE = "images"
@@ -262,11 +263,13 @@ class ImagesTask:
         """The number of pictures."""
         return len(batch.labels)
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """Cross-entropy and accuracy on the validation part, and one picture of it with what the class tokens read."""
         classifier = Classifier(model, self.data.classes)
-        logs, labels = classifier.predict(self.data.valid.images), torch.from_numpy(self.data.valid.labels)
+        logs, labels = classifier.predict(self.data.valid.images, together=together), torch.from_numpy(self.data.valid.labels)
         metrics = {"loss": float(F.nll_loss(logs, labels)), "accuracy": _share(logs.argmax(1) == labels)}
+        if not together.is_first:
+            return Evaluation(metrics)
         place = int(logs.gather(1, labels[:, None]).argmin())  # the one that is hardest now
         path = self.data.valid.paths[place]
         sample = {
@@ -322,16 +325,19 @@ class Classifier:
     model: Any
     classes: tuple[str, ...]
 
-    def predict(self, images: np.ndarray, *, on_progress: OnProgress | None = None) -> Tensor:
+    def predict(self, images: np.ndarray, *, on_progress: OnProgress | None = None, together: Together = ALONE) -> Tensor:
         """The log-probability of each class for pictures (z, S, S, 3): (z, classes)."""
-        device, found = next(self.model.parameters()).device, []
-        for begin in range(0, len(images), _TOGETHER):
+        device = next(self.model.parameters()).device
+
+        def answer(begin: int) -> Tensor:
             batch = torch.from_numpy(images[begin : begin + _TOGETHER]).to(device)
             with torch.no_grad():
-                found.append(self.model(normalised(batch)).float().log_softmax(-1).cpu())
+                found: Tensor = self.model(normalised(batch)).float().log_softmax(-1).cpu()
             if on_progress is not None:
                 on_progress(min(begin + _TOGETHER, len(images)), len(images))
-        return torch.cat(found)
+            return found
+
+        return torch.cat(together.map(answer, range(0, len(images), _TOGETHER)))
 
     def ask(self, image: np.ndarray, *, num_hypotheses: int = 1) -> list[Prediction]:
         """The most probable classes of a picture (S, S, 3)."""

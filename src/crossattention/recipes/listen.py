@@ -35,6 +35,7 @@ from crossattention.recipes.sound_translator import Sound, SoundReader, SoundTra
 from crossattention.recipes.translator import Alignment, Prediction
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 from crossattention.views.content import AttentionView
 
 RECIPE = "listen"
@@ -199,16 +200,19 @@ class ListenTask:
         """The number of letters, END counted."""
         return int((batch.labels != PAD).sum())
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """Error rates of greedy predictions of validation sounds, and one sound to look at."""
         translator = self.translator(model)
-        scores = score_sounds(translator, self.held_out)
+        scores = score_sounds(translator, self.held_out, together=together)
+        metrics = {name: scores[name] for name in ("cer", "wer")}
+        if not together.is_first:
+            return Evaluation(metrics)
         at = self.sample or 0
         frames, text = self.held_out.sounds.each()[at], self.held_out.texts[at]
         predicted = translator.predict_all([frames])[0].text  # type: ignore[list-item]
         alignment = asdict(translator.align(frames, predicted))  # type: ignore[arg-type]
         shown = {"source": self.held_out.names[at], "predicted": predicted, "reference": text, **alignment}
-        return Evaluation({name: scores[name] for name in ("cer", "wer")}, shown)
+        return Evaluation(metrics, shown)
 
     def describe(self) -> dict[str, Any]:
         """What a run's folder holds beside the weights, for JSON."""
@@ -324,6 +328,7 @@ def score_sounds(
     beams: int = 1,
     on_progress: OnProgress | None = None,
     with_alignment: bool = False,
+    together: Together = ALONE,
 ) -> dict[str, float]:
     """Score predictions of sounds.
 
@@ -332,7 +337,8 @@ def score_sounds(
         `with_alignment` diagonal, and sounds, how many.
     """
     frames: Any = part.sounds.each()
-    found = [prediction.text for prediction in translator.predict_all(frames, beams=beams, on_progress=on_progress)]
+    predictions = translator.predict_all(frames, beams=beams, on_progress=on_progress, together=together)
+    found = [prediction.text for prediction in predictions]
     scores = {
         "cer": _error_rate([(list(text), list(said)) for text, said in zip(found, part.texts, strict=True)]),
         "wer": _error_rate([(text.split(), said.split()) for text, said in zip(found, part.texts, strict=True)]),

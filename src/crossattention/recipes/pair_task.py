@@ -17,6 +17,7 @@ from crossattention.data.batches import Example, PairBatch, PairBatches
 from crossattention.data.vocabulary import BEGIN, END, PAD, Tokenizer
 from crossattention.models.transformer import Transformer, TransformerConfig, label_smoothed_cross_entropy
 from crossattention.recipes.translator import Translator
+from crossattention.training.together import ALONE, Together
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,22 @@ class PairLearner:
         """The label-smoothed cross-entropy, mean over the target tokens (END counted), in nats."""
         return self._loss(model, batch, self.label_smoothing)
 
-    def held_out_loss(self, model: nn.Module, pairs: Sequence[tuple[str, str]]) -> float:
+    def held_out_loss(self, model: nn.Module, pairs: Sequence[tuple[str, str]], together: Together = ALONE) -> float:
         """The cross-entropy of held-out pairs without smoothing, mean over their target tokens, in nats."""
         examples = self.encoded(pairs)
         # A held-out pair may be longer than any that was trained on.
         longest = max(len(source_ids) + len(target_ids) + 1 for source_ids, target_ids in examples)
         batches = PairBatches(examples, max(self.batches.tokens_per_batch, longest))
         device = next(model.parameters()).device
-        total, count = 0.0, 0
+
+        def score(step: int) -> tuple[float, int]:
+            batch = batches.batch_at(step)
+            tokens = int((batch.labels != PAD).sum())
+            return float(self._loss(model, batch.to(device), 0.0)) * tokens, tokens
+
         with torch.no_grad():
-            for step in range(batches.steps_per_epoch):
-                batch = batches.batch_at(step)
-                tokens = int((batch.labels != PAD).sum())
-                total += float(self._loss(model, batch.to(device), 0.0)) * tokens
-                count += tokens
-        return total / count
+            scored = together.map(score, range(batches.steps_per_epoch))
+        return sum(nats for nats, _ in scored) / sum(tokens for _, tokens in scored)
 
     def encoded(self, pairs: Sequence[tuple[str, str]]) -> list[Example]:
         """The ids of pairs, without BEGIN and END."""

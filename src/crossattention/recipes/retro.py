@@ -46,6 +46,7 @@ from crossattention.retrieval import Database, Settings, build
 from crossattention.retrieval.database import STATE_FILE
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 from crossattention.views.content import AttentionView
 
 RECIPE = "retro"
@@ -104,7 +105,7 @@ class RetroTextConfig:
         same: pattern on document names: documents in which its groups find the same do not find each other, and stand on one side
             of the split; 'models/([^/]+)/'.
         embedder: a BERT to embed chunks with, by folder or id; without it, hashed n-grams weighted by TF-IDF.
-        vocab_size: tokens of the tokenizer that is trained; 8192 where it is not given.
+        vocab_size: tokens of the tokenizer that is trained; 4096 where it is not given.
         neighbours: neighbours that a chunk reads; 0 trains the plain language model.
         chunks: chunks of a window, 64 tokens each.
         unread: share of the training windows that get no neighbours, so that the model learns to do without.
@@ -122,9 +123,9 @@ class RetroTextConfig:
     embedder: str | None = None
     vocab_size: int | None = None
     neighbours: int = 2
-    chunks: int = 4
-    unread: float = 0.1
-    batch_size: int = 16
+    chunks: int = 8
+    unread: float = 0.05
+    batch_size: int = 8
     evaluation_windows: int = 48
     test_windows: int = 400
     retro_fit: Path | None = None
@@ -169,7 +170,7 @@ class RetroTextConfig:
 
 def default_training() -> TrainConfig:
     """The training settings that go with the recipe's defaults."""
-    return TrainConfig(minutes=30, learning_rate=2e-3, optimizer="muon", warmup_steps=100)
+    return TrainConfig(minutes=30, learning_rate=3e-3, optimizer="muon", warmup_steps=100)
 
 
 def config_from_json(fields: Mapping[str, Any]) -> RetroTextConfig:
@@ -201,7 +202,7 @@ def open_database(config: RetroTextConfig) -> Database:
                 )
         return database
     settings = Settings(
-        vocab_size=config.vocab_size or (None if is_made else 8192),
+        vocab_size=config.vocab_size or (None if is_made else 4096),
         pattern=config.pattern or ("*.py" if config.data is None else None),
         same=config.same,
     )
@@ -319,10 +320,13 @@ class RetroTask:
         """The number of tokens that are predicted."""
         return int(batch.real[:, 1:].sum())
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """Bits per byte of validation windows, always the same ones, and a text to look at."""
-        scored = score(model, self.database, self.valid[: self.config.evaluation_windows], self.config, self.neighbourhood)
+        windows = self.valid[: self.config.evaluation_windows]
+        scored = score(model, self.database, windows, self.config, self.neighbourhood, together=together)
         metrics = {name: value for name, value in scored.items() if name.startswith("bits_per_byte") and "share" not in name}
+        if not together.is_first:
+            return Evaluation(metrics)
         prompt, reference = _texts(self.database, self.parts["valid"], count=1)[0]
         written = self._writer(model).continue_texts([prompt], new_tokens=24)[0][0].text
         return Evaluation(metrics, {"source": prompt[-200:], "predicted": written, "reference": reference})
@@ -428,21 +432,21 @@ def score(
     neighbourhood: Neighbourhood | None,
     *,
     on_progress: OnProgress | None = None,
+    together: Together = ALONE,
 ) -> dict[str, float]:
     """Bits per byte of the chunks that windows score: with retrieval on, off, and with random neighbours; by their overlap too.
 
     All tokens count, the first of a document as one that may be any; the bytes are those of the text.
     """
     modes = MODES if neighbourhood is not None else ("off",)
-    bits: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
-    chunks: list[np.ndarray] = []
-    for begin in range(0, len(windows), _TOGETHER):
+
+    def bits_of(begin: int) -> tuple[np.ndarray, list[np.ndarray]]:
         some = windows[begin : begin + _TOGETHER]
         numbers = window_numbers(some, config.chunks)
         from_chunk = np.array([window.scored_from for window in some])[:, None]
         is_scored = (np.arange(config.chunks) >= from_chunk) & (numbers >= 0)
         starts = np.array([window.is_start for window in some])
-        chunks.append(numbers[is_scored])
+        found = []
         for mode in modes:
             ids = None
             if neighbourhood is not None and mode != "off":
@@ -450,10 +454,14 @@ def score(
                 if mode == "random":
                     drawn = neighbourhood.random(ids.shape, np.random.default_rng((1, begin)))
                     ids = np.where(ids >= 0, drawn, -1)
-            bits[mode].append(_bits(model, batch_of(database, numbers, ids), starts)[is_scored])
+            found.append(_bits(model, batch_of(database, numbers, ids), starts)[is_scored])
         if on_progress is not None:
             on_progress(min(len(windows), begin + _TOGETHER), len(windows))
-    return _scores(bits, np.concatenate(chunks), database, neighbourhood)
+        return numbers[is_scored], found
+
+    scored = together.map(bits_of, range(0, len(windows), _TOGETHER))
+    bits = {mode: [found[place] for _, found in scored] for place, mode in enumerate(modes)}
+    return _scores(bits, np.concatenate([chunks for chunks, _ in scored]), database, neighbourhood)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from crossattention.recipes.translator import OnProgress, Translator
 from crossattention.recipes.translator_run import TranslatorRun, open_translator
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 
 RECIPE = "seq2seq"
 
@@ -207,13 +208,13 @@ class Seq2SeqTask:
         """The number of target tokens, END counted."""
         return int((batch.labels != PAD).sum())
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """The cross-entropy and the metrics of greedy predictions of validation pairs, and one pair to look at."""
         translator = self.learner.translator(model)
-        scores = score_pairs(translator, self.held_out, self.config.metrics)
-        loss = self.learner.held_out_loss(model, self.readable)
+        scores = score_pairs(translator, self.held_out, self.config.metrics, together=together)
+        loss = self.learner.held_out_loss(model, self.readable, together)
         metrics = {"loss": loss, **{metric: scores[metric] for metric in self.config.metrics}}
-        return Evaluation(metrics, sample_of(translator, *self.readable[0]))
+        return Evaluation(metrics, sample_of(translator, *self.readable[0]) if together.is_first else None)
 
     def describe(self) -> dict[str, Any]:
         """What a run's folder holds beside the weights, for JSON."""
@@ -263,15 +264,16 @@ def score_pairs(
     *,
     beams: int = 1,
     on_progress: OnProgress | None = None,
+    together: Together = ALONE,
 ) -> dict[str, float]:
-    """Predict held-out sources and score the predictions; `on_progress` as in `Translator.predict_all`.
+    """Predict held-out sources and score the predictions; `on_progress` and `together` as in `Translator.predict_all`.
 
     Returns:
         Each metric; `pairs`, how many; `unreadable`, how many sources have a symbol never seen in training: these
         count as predicted empty.
     """
     sources, targets = zip(*pairs, strict=True)
-    predictions = translator.predict_all(sources, beams=beams, on_progress=on_progress)
+    predictions = translator.predict_all(sources, beams=beams, on_progress=on_progress, together=together)
     scores = score_texts([prediction.text for prediction in predictions], targets, metrics)
     unreadable = sum(prediction.log_probability == float("-inf") for prediction in predictions)
     return {**scores, "pairs": len(pairs), "unreadable": unreadable}

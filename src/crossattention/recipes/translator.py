@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from crossattention.data.vocabulary import BEGIN, PAD, UNKNOWN, Tokenizer, UnknownSymbol
 from crossattention.maps import attention_map
 from crossattention.models.generate import Hypothesis, beam_search, greedy
+from crossattention.training.together import ALONE, Together
 
 _TOGETHER = 512
 """Texts that are computed at once, at most: enough that Python's share of a step is small (dev/LOG.md)."""
@@ -125,10 +126,17 @@ class Translator:
         return self._predict_lazily(texts, beams, num_hypotheses, batch_size)
 
     def predict_all(
-        self, texts: Sequence[str], *, beams: int = 1, batch_size: int = 256, on_progress: OnProgress | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        beams: int = 1,
+        batch_size: int = 256,
+        on_progress: OnProgress | None = None,
+        together: Together = ALONE,
     ) -> list[Prediction]:
         """The best prediction of each text, computed in the order of their lengths and given in their own.
 
+        Several processes share the batches (`together`), and each gets all predictions.
         `on_progress` is called after each batch with the number of texts that are done, and that of all.
         A text with a symbol never seen in training is answered by an empty, unfinished prediction: a test set is
         scored whole.
@@ -136,14 +144,22 @@ class Translator:
         encoded = [self._encoded_or_none(text) for text in texts]
         readable = [index for index, ids in enumerate(encoded) if ids is not None]
         answers = [Prediction("", float("-inf"), float("-inf"), is_finished=False)] * len(texts)
+        sources = [encoded[index] for index in readable]
         num_done = 0
+
+        def answer(rows: list[int]) -> list[Prediction]:
+            nonlocal num_done
+            found = self._search([sources[row] for row in rows], beams, 1)  # type: ignore[misc]
+            num_done += len(rows)
+            if on_progress is not None:
+                on_progress(num_done, len(readable))
+            return [self._prediction(hypotheses[0]) for hypotheses in found]
+
+        batches = list(_rows_by_length(sources, batch_size))  # type: ignore[arg-type]
         with _evaluating(self.model):
-            for rows, found in self._by_length([encoded[index] for index in readable], beams, 1, batch_size):
-                for row, hypotheses in zip(rows, found, strict=True):
-                    answers[readable[row]] = self._prediction(hypotheses[0])
-                num_done += len(rows)
-                if on_progress is not None:
-                    on_progress(num_done, len(readable))
+            for rows, predictions in zip(batches, together.map(answer, batches), strict=True):
+                for row, prediction in zip(rows, predictions, strict=True):
+                    answers[readable[row]] = prediction
         return answers
 
     def align(self, text: str, predicted: str) -> Alignment:
@@ -242,12 +258,8 @@ class Translator:
         self, sources: list[list[int]], beams: int, num_hypotheses: int, together: int
     ) -> Iterator[tuple[list[int], list[list[Hypothesis]]]]:
         """Places of some sources, and what was found for these: short ones first, so little is padded and most end together."""
-        order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-        begin = 0
-        while begin < len(order):
-            end = begin + _count_together([len(sources[row]) for row in order[begin : begin + together]])
-            yield order[begin:end], self._search([sources[row] for row in order[begin:end]], beams, num_hypotheses)
-            begin = end
+        for rows in _rows_by_length(sources, together):
+            yield rows, self._search([sources[row] for row in rows], beams, num_hypotheses)
 
     def _search(self, sources: list[list[int]], beams: int, num_hypotheses: int) -> list[list[Hypothesis]]:
         source_ids, source_mask = self._padded(sources)
@@ -295,6 +307,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def _rows_by_length(sources: Sequence[Sequence[int]], together: int) -> Iterator[list[int]]:
+    """Places of sources that are answered at once, the short ones first."""
+    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+    begin = 0
+    while begin < len(order):
+        end = begin + _count_together([len(sources[row]) for row in order[begin : begin + together]])
+        yield order[begin:end]
+        begin = end
 
 
 def _count_together(lengths: Sequence[int]) -> int:

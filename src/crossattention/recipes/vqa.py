@@ -41,6 +41,7 @@ from crossattention.recipes.pictures import PictureMap, Prediction, png_of
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
+from crossattention.training.together import ALONE, Together
 from crossattention.views.content import AttentionLayer, AttentionView, ImageSide, TextSide
 
 RECIPE = "vqa"
@@ -187,18 +188,19 @@ class VQATask:
         """The number of words, BEGIN counted."""
         return batch.num_tokens
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
         """The cross-entropy and the accuracy on validation questions, and one question with what its words read, all together."""
         answerer = self.answerer(model)
-        logs, right = [], []
-        for begin in range(0, len(self.asked), _TOGETHER):
+
+        def answer(begin: int) -> tuple[Tensor, Tensor]:
             batch = self.valid.batch(self.asked[begin : begin + _TOGETHER])
-            logs.append(answerer.predict(batch))
-            right.append(batch.answers)
-        log, answers = torch.cat(logs), torch.cat(right)
+            return answerer.predict(batch), batch.answers
+
+        found = together.map(answer, range(0, len(self.asked), _TOGETHER))
+        log, answers = (torch.cat(parts) for parts in zip(*found, strict=True))
         loss = float(-log.gather(1, answers[:, None]).mean())
         metrics = {"loss": loss, **_accuracies(log.argmax(1), answers, self.data.answers)}
-        return Evaluation(metrics, self._sample_of(answerer))
+        return Evaluation(metrics, self._sample_of(answerer) if together.is_first else None)
 
     def describe(self) -> dict[str, Any]:
         """What a run's folder holds beside the weights, for JSON."""

@@ -78,7 +78,7 @@ class Settings:
         same: pattern (re.search) on document names: what its groups find is one for documents that shall not find each other;
             without it each document is by itself.
         neighbours: width of the table; 10; 0 for none.
-        exact_below: chunks up to which every embedding is looked at; 50,000.
+        exact_below: chunks up to which every embedding is looked at; 200,000.
         strict: whether a file or document that cannot be read is an error; else it is left out and named; no.
     """
 
@@ -116,7 +116,7 @@ DEFAULTS: dict[str, Any] = {
     "pattern": "*",
     "same": None,
     "neighbours": 10,
-    "exact_below": 50_000,
+    "exact_below": 200_000,
 }
 _FIXED = ("chunk_length", "vocab_size", "tokenizer_bytes", "same")  # what documents that are added later cannot change
 

@@ -25,8 +25,13 @@ BLOCK_ROWS = 1 << 15
 QUERY_ROWS = 4096
 _SEED = 20211208
 
-_MOST_EXACT = 256  # where more are excluded than that, every stored embedding is looked at
+_MOST_EXACT = 64  # where more are excluded than that, every stored embedding is looked at, what is excluded left out
 _MOST_PROBED = 1 << 14
+_SCANNED = 1 << 22  # up to so many embeddings, looking at every one costs less than most of an approximate index's parts
+_SPARE = 4  # distances by matrix products are rounded: what is nearly as near is looked at, too
+_SLACK = 1e-5  # and what lies beyond a limit by less than that of the numbers that both were computed from
+_SAMPLED, _SCANNED_TOGETHER = 4096, 512
+_MANY = 64  # so many queries are looked up by matrix products at once where something is excluded
 
 Candidates = Callable[[np.ndarray, int], np.ndarray]
 """Queries (q, d) and a number -> (q, number) nearest stored ones, nearest first or not; -1 where there are fewer."""
@@ -69,18 +74,19 @@ class Search:
         queries = np.ascontiguousarray(queries.astype(self.vectors.dtype), np.float32)
         if self.index is not None and begin == 0:
             config = self.index.config
-            most = max(_MOST_PROBED, 4 * k) if exclusion is not None else config.candidates
-            first = max(config.candidates, 4 * k)
-            find = self.index.candidates(probes)
-            return nearest(queries, k, self.vectors, find, exclusion=exclusion, first=first, most=max(first, most))
-        number = len(self.vectors) - begin
-        spare = 4  # distances by matrix products are rounded: what is nearly as near is looked at, too
-        first = min(number, k + spare + (0 if exclusion is None else 3 * k))
-        most = min(number, max(_MOST_EXACT, 4 * k))
-        find = exact_candidates(self.vectors, begin)
+            find, first = self.index.candidates(probes), max(config.candidates, 4 * k)
+            is_scanned = exclusion is not None and len(self.vectors) <= _SCANNED
+            most = first if exclusion is None or is_scanned else max(first, _MOST_PROBED)
+        else:
+            number = len(self.vectors) - begin
+            if exclusion is not None and len(queries) >= _MANY:
+                return exact_without(queries, np.arange(len(queries)), k, self.vectors, exclusion, begin)
+            find, first = exact_candidates(self.vectors, begin), min(number, k + _SPARE + (0 if exclusion is None else 3 * k))
+            most = min(number, max(_MOST_EXACT, 4 * k))
+            is_scanned = exclusion is not None and most < number
         ids, distances = nearest(queries, k, self.vectors, find, exclusion=exclusion, first=first, most=most)
         rows = np.flatnonzero(ids[:, -1] < 0)
-        if exclusion is not None and len(rows) and most < number:
+        if exclusion is not None and is_scanned and len(rows):
             ids[rows], distances[rows] = exact_without(queries, rows, k, self.vectors, exclusion, begin)
         return ids, distances
 
@@ -185,27 +191,58 @@ def exact_without(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of some queries, every stored embedding looked at and what may not be found passed over.
 
-    For queries whose nearest thousands are nearly all excluded.
+    A sample of the stored embeddings says how near the k-th is at most;
+    only those nearer than that are asked about and sorted.
+
+    Cost: n d multiply-adds a query, as a matrix product; memory of 512 queries by 32,768 stored embeddings, whatever n.
     """
     end = len(vectors) if end is None else end
-    ids = np.full((len(rows), k), -1, np.int64)
-    for low in range(0, len(rows), 64):
-        part = rows[low : low + 64]
+    kept = k + _SPARE
+    sampled = np.arange(begin, end, max(1, (end - begin) // _SAMPLED))
+    sample = np.asarray(vectors[sampled], np.float32)
+    ids = np.full((len(rows), kept), -1, np.int64)
+    for low in range(0, len(rows), _SCANNED_TOGETHER):
+        part = rows[low : low + _SCANNED_TOGETHER]
         asked = queries[part]
-        best = np.full((len(part), k), -1, np.int64)
-        least = np.full((len(part), k), np.inf, np.float32)
+        size = np.einsum("qd,qd->q", asked, asked)
+        away = _without_own_norm(asked, sample)
+        away[exclusion.is_out(part, np.broadcast_to(sampled, away.shape))] = np.inf
+        place = min(kept, away.shape[1]) - 1
+        limit = np.partition(away, place, axis=1)[:, place] if place + 1 == kept else np.full(len(part), np.inf, np.float32)
+        best = np.full((len(part), kept), -1, np.int64)
+        least = np.full((len(part), kept), np.inf, np.float32)
         for start in range(begin, end, BLOCK_ROWS):
-            block = np.asarray(vectors[start : min(start + BLOCK_ROWS, end)], np.float32)
-            away = (block * block).sum(1) - 2.0 * (asked @ block.T)
-            names = np.broadcast_to(np.arange(start, start + len(block)), away.shape)
-            away = np.where(exclusion.is_out(part, names), np.inf, away)
-            both = np.concatenate([least, away], axis=1)
-            all_names = np.concatenate([best, np.where(np.isinf(away), -1, names)], axis=1)
-            order = np.argpartition(both, min(k, both.shape[1]) - 1, axis=1)[:, :k]
-            least = np.take_along_axis(both, order, 1)
-            best = np.take_along_axis(all_names, order, 1)
-        ids[low : low + 64] = best
+            away = _without_own_norm(asked, np.asarray(vectors[start : min(start + BLOCK_ROWS, end)], np.float32))
+            row, name = np.nonzero(away <= (limit + _SLACK * (np.abs(limit) + size))[:, None])
+            near, name = away[row, name], name + start
+            may = ~exclusion.is_out(part[row], name[:, None])[:, 0]
+            _keep_nearest(best, least, row[may], name[may], near[may])
+            limit = np.minimum(limit, least[:, -1])
+        ids[low : low + _SCANNED_TOGETHER] = best
     return ranked(queries[rows], ids, k, vectors)
+
+
+def _without_own_norm(queries: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """|x|^2 - 2 q x (q, n): squared distances but for |q|^2, which does not change their order."""
+    away: np.ndarray = queries @ (-2.0 * stored.T)
+    away += np.einsum("nd,nd->n", stored, stored)
+    return away
+
+
+def _keep_nearest(best: np.ndarray, least: np.ndarray, rows: np.ndarray, names: np.ndarray, distances: np.ndarray) -> None:
+    """Put pairs of a row and a name, at their distances, among the kept ones of their rows (q, kept), in place; nearest first."""
+    order = np.lexsort((distances, rows))
+    rows, names, distances = rows[order], names[order], distances[order]
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)  # in its row's own
+    is_first = place < best.shape[1]
+    touched, within = np.unique(rows[is_first], return_inverse=True)
+    new_names = np.full((len(touched), best.shape[1]), -1, np.int64)
+    new_least = np.full(new_names.shape, np.inf, np.float32)
+    new_names[within, place[is_first]], new_least[within, place[is_first]] = names[is_first], distances[is_first]
+    both = np.concatenate([least[touched], new_least], axis=1)
+    chosen = np.argsort(both, axis=1, kind="stable")[:, : best.shape[1]]
+    best[touched] = np.take_along_axis(np.concatenate([best[touched], new_names], axis=1), chosen, 1)
+    least[touched] = np.take_along_axis(both, chosen, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ IVF-PQ

@@ -7,6 +7,7 @@ states are saved: a run that was stopped anywhere and resumed ends in the same w
 """
 
 import dataclasses
+import inspect
 import math
 import signal
 import time
@@ -37,6 +38,7 @@ from crossattention.training.randomness import (
 from crossattention.training.schedules import factor_at, warmup_of
 from crossattention.training.state import State
 from crossattention.training.tasks import Batch, Evaluation, Task
+from crossattention.training.together import ALONE, BrokenOffError
 
 __all__ = ["Evaluated", "Event", "Finished", "Interrupted", "Saved", "Started", "Step", "train"]
 
@@ -95,7 +97,7 @@ def _events(
 ) -> Iterator[Event]:
     is_main = processes.is_first
     lost = naming_a_lost_process(processes.count, lambda: f"The run can be resumed: {_newest(folder)}")
-    with folder.locked() if is_main else nullcontext(), Interruption() as interruption, lost:
+    with folder.locked() if is_main else nullcontext(), Interruption(has_launcher=processes.count > 1) as interruption, lost:
         run = _Run(task, config, folder, description, processes, interruption, resume=resume)
         try:
             for event in run.events():
@@ -152,6 +154,8 @@ class _Run:
         self.started_at = self.stepped_at = self.saved_at = time.monotonic()
         self.progress = _Progress()
         self.pace = Pace()
+        # A task that knows of no other processes is evaluated by the first alone.
+        self.evaluates_together = processes.count > 1 and "together" in inspect.signature(task.evaluate).parameters
         self.is_replannable = False  # only in the process that made the plan: a resumed run keeps to the stored one
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm), still on the device
         self.saved_key: tuple[int, int] | None = None
@@ -478,32 +482,49 @@ class _Run:
         self.stepped_at = time.monotonic()
 
     def _evaluate(self) -> Evaluation | None:
-        """The task's scores, by the first process; None elsewhere, and where a signal broke it off."""
+        """The task's scores, by all processes that evaluate; None in others, and in all where a signal broke it off."""
         model = self._whole_model()
         if model is None:
             return None
+        together = self.processes.together(self.interruption.noted) if self.evaluates_together else ALONE
+        given = {"together": together} if self.evaluates_together else {}
         model.eval()
         try:
             with torch.no_grad(), preserved_randomness(), self.interruption.at_once():
-                return self.task.evaluate(model)
+                evaluation = self.task.evaluate(model, **given)
+            together.finish()
+            return evaluation
+        except BrokenOffError as stop:
+            if not stop.fault:
+                return None
+            raise RuntimeError(f"another process could not evaluate the model: {stop.fault}") from None
         except KeyboardInterrupt:
+            together.break_off()
             if not self.interruption.signal_number:
                 raise
             return None
+        except Exception as error:
+            together.break_off(f"{type(error).__name__}: {error}")
+            raise
         finally:
             model.train()
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether this process evaluates."""
+        return self.is_main or self.evaluates_together
+
     def _plain_copy(self) -> nn.Module | None:
-        """Where weights are sharded, a second model in the first process that takes them whole, to be evaluated and saved."""
-        if not (self.processes.is_sharded and self.is_main):
+        """Where weights are sharded, a second model in each process that evaluates, which takes them whole."""
+        if not (self.processes.is_sharded and self._evaluates):
             return None
         with preserved_randomness():
             return self.task.build_model().to(self.device)
 
     def _whole_model(self) -> nn.Module | None:
-        """The model with all its weights, in the first process; None elsewhere. A collective call where weights are sharded."""
+        """The model with whole weights, in processes that evaluate; None elsewhere. A collective call where weights are sharded."""
         if not self.processes.is_sharded:
-            return self.model if self.is_main else None
+            return self.model if self._evaluates else None
         tensors = whole(self.model.state_dict())
         if self.copy is not None:
             self.copy.load_state_dict(tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossattention.training.config import TrainConfig
+from crossattention.training.together import Together
 
 if TYPE_CHECKING:
     from crossattention.training.tasks import Batch, Task
 
 PATIENCE = timedelta(hours=1)
-"""How long a process waits for another, which may be evaluating, before it gives up; one that has ended is noticed at once."""
+"""How long a process waits for another before it gives up; one that has ended is noticed at once."""
 
 BatchKind = TypeVar("BatchKind", bound="Batch")
 
@@ -91,6 +92,10 @@ class Processes:
         texts: list[Any] = [None] * self.count
         dist.all_gather_object(texts, value)
         return texts
+
+    def together(self, unbroken: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Together:
+        """For one evaluation that all processes share; see `Together`."""
+        return Together(self.rank, self.count, self.from_all, unbroken)
 
     def wait(self) -> None:
         """For all."""

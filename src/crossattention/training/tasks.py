@@ -10,6 +10,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from crossattention.training.together import ALONE, Together
+
 
 class Batch(Protocol):
     """One step's examples as tensors: a dataclass, all of whose tensors have one row for each of `indices`."""
@@ -71,8 +73,13 @@ class Task(Protocol):
         """The number of targets that `loss` is the mean of: by it the losses of a batch's parts are the loss of the batch."""
         ...
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Scores on held-out data. The model is in evaluation mode, no gradients are kept, random states are put back."""
+    def evaluate(self, model: nn.Module, together: Together = ALONE) -> Evaluation:
+        """Scores on held-out data. The model is in evaluation mode, no gradients are kept, random states are put back.
+
+        All processes of a run call it, with whole weights. What takes time is handed to `together.map`, batch by batch, and scored
+        in each process as if it had answered everything; the sample is asked of the first alone (`together.is_first`). A task that
+        takes the model only is evaluated by the first process while the others wait.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
