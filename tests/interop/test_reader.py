@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from crossattention import CrossAttention
 from crossattention.interop.borrowing import Borrowing
 from crossattention.interop.reader import Reader
 from crossattention.plan import Plan
@@ -68,3 +69,16 @@ def test_a_pass_that_a_checkpoint_repeats_keeps_nothing_of_a_frozen_context():
         found, wanted = (torch.autograd.grad(out.square().sum(), a)[0] for out in (read, owner(a, b)))
         assert_close(found, wanted)
     assert "(kept)" not in "".join(reader.describe())
+
+
+@pytest.mark.parametrize("kernel", ["explicit", "fused"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_learned_queries_that_are_read_without_a_graph_stay_what_they_are(kernel, batch):
+    layer = CrossAttention(12, 20, heads=3, plan=Plan("context", "context", kernel)).double().eval()
+    a, b = torch.randn(4, 12, dtype=torch.float64), torch.randn(batch, 40, 20, dtype=torch.float64)
+    expected = layer(a, b)
+    with torch.no_grad():
+        queries = layer.prepare_queries(a, space="context")
+        for _ in range(2):
+            assert_close(layer.attend(queries, layer.prepare(b, uses=1, query_length=4)), expected, dtype=torch.float64)
+        assert_close(layer(a.expand(batch, -1, -1), b), expected, dtype=torch.float64)

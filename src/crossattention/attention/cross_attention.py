@@ -764,8 +764,8 @@ class CrossAttention(nn.Module):
     def _attend(
         self, a: Tensor | PreparedQueries, prepared: PreparedContext, attn_mask: Tensor | None, query_positions: Tensor | None
     ) -> Tensor:
-        if isinstance(a, Tensor) and attn_mask is None and query_positions is None:
-            if self._is_plain_step(a, prepared):
+        if attn_mask is None and query_positions is None:
+            if isinstance(a, Tensor) and self._is_plain_step(a, prepared):
                 return execute.attend_plainly(self, a, prepared.keys, prepared.values)
             if self._is_plain_read_of_b(a, prepared):
                 return execute.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
@@ -807,7 +807,7 @@ class CrossAttention(nn.Module):
         is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         return is_trained and prepared.plan.kernel != "explicit" and self.scale != 0.0
 
-    def _is_plain(self, a: Tensor, prepared: PreparedContext) -> bool:
+    def _is_plain(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
         return (
             not torch.compiler.is_compiling()  # first: a graph must not ask for lengths
@@ -816,8 +816,8 @@ class CrossAttention(nn.Module):
             and self.positions is None
             and self.kv_heads == self.heads
             and not (self.training and self.dropout)
-            and a.dim() == 3
-            and a.shape[1] > 0
+            and (a.dim() == 3 or type(a) is PreparedQueries)
+            and a.shape[-2] > 0
             and prepared.keys.shape[2] > 0
             and not torch.is_autocast_enabled(a.device.type)
         )
@@ -843,7 +843,7 @@ class CrossAttention(nn.Module):
             and self._is_fresh_cache(prepared)
         )
 
-    def _is_plain_read_of_b(self, a: Tensor, prepared: PreparedContext) -> bool:
+    def _is_plain_read_of_b(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether a B that is kept as it is can be read in few steps, without gradients."""
         plan = prepared.plan
         return (
@@ -852,7 +852,8 @@ class CrossAttention(nn.Module):
             and self._is_plain(a, prepared)
             and (plan.kernel == "fused" or prepared.keys.shape[2] > NARROW_ROW)
             and not torch.is_grad_enabled()
-            and a.dtype in (torch.float32, torch.float64)
+            and prepared.keys.dtype in (torch.float32, torch.float64)
+            and (a.dtype == prepared.keys.dtype if isinstance(a, Tensor) else a.queries.dtype == prepared.keys.dtype)
             and not is_transformed()
             and not is_traced()
         )

@@ -28,6 +28,7 @@ from crossattention.plan.blocks import NARROW_ROW
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
     from crossattention.attention.parts import PositionPart, QueryKeyNorm
+    from crossattention.attention.prepared import PreparedQueries
 
 
 class HasParts(Protocol):
@@ -495,25 +496,29 @@ def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tenso
     return project(projections["out_proj"], read)  # type: ignore[arg-type]
 
 
-def attend_b_plainly(layer: CrossAttention, a: Tensor, b: Tensor, kernel: str) -> Tensor:
+def attend_b_plainly(layer: CrossAttention, a: Tensor | PreparedQueries, b: Tensor, kernel: str) -> Tensor:
     """The context+context plan for B (z, m, b) with no mask, parts or gradients: `execute` without `attend_heads`' questions.
 
     Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
     item, which read B together. They are written over: two megabytes that the system hands out anew take longer than their product.
     """
-    queries, _ = make_queries(layer, "context", a, None)
-    rows = queries.reshape(b.shape[0], layer.heads * a.shape[1], b.shape[2])
+    z, is_made = b.shape[0], isinstance(a, Tensor)
+    queries = make_queries(layer, "context", a, None)[0] if isinstance(a, Tensor) else a.queries
+    n = queries.shape[2]
+    rows = queries.reshape(-1, layer.heads * n, b.shape[2])
     if kernel == "fused":
         keys = b.unsqueeze(1)
-        read = F.scaled_dot_product_attention(rows.unsqueeze(1), keys, keys, scale=layer.scale)
+        read = F.scaled_dot_product_attention(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, scale=layer.scale)
     else:
+        if not is_made:  # they are read again
+            rows = rows.expand(z, -1, -1).clone()
         if rows.shape[2] < b.shape[1]:  # scale the fewer numbers
             rows.mul_(layer.scale)
             weights = batched(rows, b)
         else:
             weights = batched(rows, b).mul_(layer.scale)
         read = batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2), out=rows)
-    return finish(layer, "context", read.reshape(queries.shape), None, a.dtype)
+    return finish(layer, "context", read.reshape(z, layer.heads, n, b.shape[2]), None, b.dtype)
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

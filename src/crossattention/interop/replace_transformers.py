@@ -30,6 +30,7 @@ from crossattention.interop.huggingface_families import (
     MLLAMA,
     PERCEIVER,
     QFORMER,
+    T5,
     Family,
     Given,
     family_of,
@@ -177,6 +178,7 @@ class ModuleReader:
         config = getattr(self._module, "config", None)
         return (
             self._family.has_kernels
+            and self._family is not T5  # it hands its kernel a bias of zeros
             and getattr(config, "_attn_implementation", None) == "sdpa"
             and (mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool))
         )
