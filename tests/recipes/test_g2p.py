@@ -150,7 +150,7 @@ def test_the_training_loop_leaves_a_run_that_can_be_asked_and_resumed(task, tmp_
 @pytest.mark.slow
 def test_two_thirds_of_the_steps_of_five_minutes_reach_12_percent_of_phonemes_and_44_of_words(tmp_path):
     # Five minutes on two cores hold 3,750 steps; beside other tests they would hold as many as these leave room for.
-    training = replace(default_training(), threads=2, minutes=None, steps=2500)
+    training = replace(default_training(), threads=1, minutes=None, steps=2500)
     for _ in train(G2PTask(), training, tmp_path / "run"):
         pass
     scores = evaluate(load_run(tmp_path / "run"), beams=4)
