@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossattention.attention.learned import heads_first
 from crossattention.attention.parts import Distances, Run
 from crossattention.attention.products import is_traced, is_transformed
 
@@ -165,7 +166,7 @@ class _ByDistance(torch.autograd.Function):
         out = queries.new_empty(z, n, h, values.shape[3])
         work = _Work(queries, layout, spans)
         for block, kept in work.blocks(weights):
-            q, k, v = (_heads_first(tensor[block]) for tensor in (queries, keys, values))
+            q, k, v = (heads_first(tensor[block]) for tensor in (queries, keys, values))
             placed = _placed(q, bias)
             for span, skew, w in zip(spans, work.skews, kept, strict=True):
                 begin, end, m = span
@@ -191,7 +192,7 @@ class _ByDistance(torch.autograd.Function):
         d_table = scaled.new_zeros(scaled.shape) if ctx.needs_input_grad[4] else None
         work = _Work(queries, layout, spans)
         for block, kept in work.blocks(weights):
-            q, k, v, g = (_heads_first(tensor[block]) for tensor in (queries, keys, values, grad))
+            q, k, v, g = (heads_first(tensor[block]) for tensor in (queries, keys, values, grad))
             placed, dq = _placed(q, bias), torch.empty_like(q, memory_format=torch.contiguous_format)
             dk, dv = (torch.zeros(tensor.shape, dtype=q.dtype) for tensor in (k, v))
             for (begin, end, m), skew, w in zip(spans, work.skews, kept, strict=True):
@@ -263,8 +264,3 @@ def _cut(scores: Tensor, span: tuple[int, int, int], layout: _Layout, mask: Tens
     by_item.masked_fill_(is_empty, 0.0)
     torch.softmax(scores, -1, out=scores)
     by_item.masked_fill_(is_empty, 0.0)
-
-
-def _heads_first(tensor: Tensor) -> Tensor:
-    """(y, h, rows, columns) as (h y, rows, columns); a view of a single item."""
-    return tensor.transpose(0, 1).reshape(-1, *tensor.shape[2:])

@@ -60,7 +60,7 @@ class _Learned(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         z, h, n, _ = queries.shape
-        q, k, v, b = (_heads_first(tensor) for tensor in (queries, keys, values, bias))
+        q, k, v, b = (heads_first(tensor) for tensor in (queries, keys, values, bias))
         weights = torch.baddbmm(b, q, k.transpose(1, 2), alpha=scale)
         by_item = weights.view(h, z, n, -1)
         if allowed is not None:
@@ -78,7 +78,7 @@ class _Learned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        g = _heads_first(grad)
+        g = heads_first(grad)
         d_values = torch.bmm(weights.transpose(1, 2), g)
         d_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
         d_queries = torch.bmm(d_scores, k).mul_(ctx.scale)
@@ -86,7 +86,7 @@ class _Learned(torch.autograd.Function):
         return *(_batch_first(tensor, ctx.heads) for tensor in (d_queries, d_keys, d_values, d_scores)), None, None, None
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
+def heads_first(tensor: Tensor) -> Tensor:
     """(z, h, rows, columns) as (h z, rows, columns); a view where the heads lie first in memory."""
     return tensor.transpose(0, 1).reshape(-1, *tensor.shape[2:])
 
