@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crossattention.attention.learned import heads_first
+from crossattention.attention.learned import heads_first, takes_own_gradient
 from crossattention.attention.parts import Distances, Run
-from crossattention.attention.products import is_traced, is_transformed
 
 CACHED_NUMBERS = 1 << 18
 """Scores of as many pairs, a thread, are in work at once: with the logits of their distances they fill a core's own cache."""
@@ -39,19 +38,12 @@ def causal_spans(num_rows: int, context_length: int, offset: int) -> list[tuple[
 
 
 def runs_by_distance(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `attend_by_distance` takes these: one set of keys and values a head, float32 or float64 on a CPU, nobody looking."""
+    """Whether `attend_by_distance` takes these: what has a gradient of its own, on a CPU, not under autocast, nothing empty."""
     return (
-        not torch.compiler.is_compiling()
-        and not is_transformed()
-        and not is_traced()
-        and queries.device.type == "cpu"
+        queries.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and queries.dtype == keys.dtype == values.dtype
-        and queries.dtype in (torch.float32, torch.float64)
-        and queries.shape[:2] == keys.shape[:2] == values.shape[:2]
-        and queries.shape[3] == keys.shape[3]
+        and takes_own_gradient(queries, keys, values)
         and queries.numel() > 0
-        and keys.numel() > 0
         and values.numel() > 0
     )
 

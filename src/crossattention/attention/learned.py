@@ -18,21 +18,29 @@ from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import is_traced, is_transformed
 
 
-def runs_learned(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask) -> bool:
-    """Whether `attend_learned` takes these: one set of keys and values a head, float32 or float64, nothing that looks inside."""
-    bias = mask.tensor
+def takes_own_gradient(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a gradient of this library's own may stand for autograd's: one set of keys and values a head, nobody looks inside."""
     return (
         not torch.compiler.is_compiling()
         and not is_transformed()
         and not is_traced()
-        and bias is not None
-        and queries.dtype == keys.dtype == values.dtype == bias.dtype
+        and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in (torch.float32, torch.float64)
         and queries.shape[:2] == keys.shape[:2] == values.shape[:2]
         and queries.shape[3] == keys.shape[3]
-        and tuple(bias.shape) == (*queries.shape[:3], keys.shape[2])
         and queries.shape[2] > 0
         and keys.shape[2] > 0
+    )
+
+
+def runs_learned(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask) -> bool:
+    """Whether `attend_learned` takes these: what has a gradient of its own, and a number for each score."""
+    bias = mask.tensor
+    return (
+        bias is not None
+        and takes_own_gradient(queries, keys, values)
+        and bias.dtype == queries.dtype
+        and tuple(bias.shape) == (*queries.shape[:3], keys.shape[2])
     )
 
 
