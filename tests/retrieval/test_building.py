@@ -236,11 +236,6 @@ def test_the_list_of_files_is_written_once_beside_the_state(corpus, tmp_path, mo
     assert not (tmp_path / "db" / building.SOURCES_FILE).exists()
 
 
-def test_how_many_chunks_an_index_was_trained_on():
-    assert building._trained_rows({"rows": 7, "trained": {"file": "index-trained-5.faiss"}}) == 7
-    assert building._trained_rows({"trained": {"file": "index-trained-300.faiss"}}) == 300
-
-
 def test_an_approximate_index_is_trained_anew_when_the_database_has_outgrown_it(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, exact_below=20, neighbours=0)
     folders = [write_corpus(tmp_path / f"words{number}", sentences=16, seed=number) for number in range(3)]

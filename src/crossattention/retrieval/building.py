@@ -270,9 +270,7 @@ class _Build:
         """What a stopped build has written down; None where there was none."""
         if not (self.path / BUILDING_FILE).is_file():
             return None
-        found: dict[str, Any] = read_json(self.path / BUILDING_FILE)
-        if "sources" not in found:
-            found["sources"] = read_json(self.path / SOURCES_FILE)["sources"]
+        found: dict[str, Any] = {**read_json(self.path / BUILDING_FILE), **read_json(self.path / SOURCES_FILE)}
         return found
 
     def _settings(self, held: dict[str, Any]) -> dict[str, Any]:
@@ -484,7 +482,7 @@ class _Build:
             return
         file, extent = array_of(self.path, self.state, "embeddings")
         vectors = file.read(extent)
-        if index["kind"] == "exact" or total >= RETRAIN_GROWTH * _trained_rows(index):
+        if index["kind"] == "exact" or total >= RETRAIN_GROWTH * index["rows"]:
             config = IvfConfig.of(total, vectors.shape[1])
             trained = self.path / f"index-trained-{total}.faiss"
             self.on_progress("index", 0, total)
@@ -498,7 +496,7 @@ class _Build:
             is_full = not shards or shards[-1]["end"] - shards[-1]["begin"] >= SHARD_ROWS
             begin = (shards[-1]["end"] if shards else 0) if is_full else shards.pop()["begin"]
             end = min(begin + SHARD_ROWS, total)
-            shard = self.path / f"index-{begin}-{end}-of-{_trained_rows(index)}.faiss"  # beside those that readers have open
+            shard = self.path / f"index-{begin}-{end}-of-{index['rows']}.faiss"  # beside those that readers have open
             add_to_index(
                 self.path / index["trained"]["file"],
                 vectors,
@@ -560,8 +558,7 @@ class _Build:
             self.on_progress(step, stop, end)
 
     def _save(self) -> None:
-        is_apart = (self.path / SOURCES_FILE).is_file()  # not of a build that was begun by an earlier version
-        write_json(self.path / BUILDING_FILE, {k: v for k, v in self.building.items() if not is_apart or k != "sources"})
+        write_json(self.path / BUILDING_FILE, {name: value for name, value in self.building.items() if name != "sources"})
 
     def _finish(self) -> None:
         """Make the state the database's, and delete what only the one before it used."""
@@ -753,11 +750,6 @@ class _TableStep:
 def _is_exact(chunks: int, exact_below: int) -> bool:
     """Whether searches look at every embedding; codes of 8 bits are trained on at least 256 of them."""
     return chunks <= max(exact_below, 255)
-
-
-def _trained_rows(index: dict[str, Any]) -> int:
-    """On how many chunks an approximate index was trained, which earlier versions said in the file's name alone."""
-    return int(index.get("rows") or index["trained"]["file"].removesuffix(".faiss").rpartition("-")[2])
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

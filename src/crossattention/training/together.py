@@ -53,7 +53,7 @@ class Together:
         return self.rank == 0
 
     def map(self, work: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
-        """The work done on every item, in their order, in all processes; each does every so-manieth. A collective call.
+        """The work done on every item, in their order, in all processes; of n, each does every n-th. A collective call.
 
         Args:
             work: gives plain data or CPU tensors.
