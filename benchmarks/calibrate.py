@@ -1,6 +1,6 @@
 """Measure this machine's `Speeds` and write them to a file that crossattention can plan with.
 
-    python benchmarks/calibrate.py --out speeds.json [--minutes 6] [--dtype float32 bfloat16] [--train]
+    python benchmarks/calibrate.py --out speeds.json [--minutes 6] [--dtype float32 bfloat16] [--train] [--device cuda]
 
 Every plan is timed on random shapes; then the constants of the cost model are moved, one after the other, as long as that betters
 what counts: how much slower than the best plan those are that the estimates prefer, and how far the estimates are off. Constants
@@ -34,18 +34,19 @@ PRICE = 0.003
 """Price of a constant that has moved by a factor of e."""
 
 
-def gather(minutes: float, dtype: torch.dtype, trains: bool, seed: int, longest: float) -> Times:
+def gather(minutes: float, dtype: torch.dtype, trains: bool, seed: int, longest: float, device: str, budget: float) -> Times:
     """Seconds of the plans on random shapes, for some minutes; small shapes more often than large ones."""
     found: Times = []
     end = time.perf_counter() + 60 * minutes
+    rate = 1.6e11 if device == "cpu" else 4e13
     for count, shape in enumerate(random_shapes(seed)):
         if time.perf_counter() > end:
             return found
         share = ((count * 0.618034) % 1.0) ** 2  # of the longest time: spread evenly, towards the small
-        if shape.textbook_flops() * (3 if trains else 1) > 1.6e11 * longest * share:
+        if shape.textbook_flops() * (3 if trains else 1) > rate * longest * share:
             continue
-        bench = Bench(shape, dtype, trains)
-        found.append((bench.sizes, bench.time_plans(budget=0.5)))
+        bench = Bench(shape, dtype, trains, device)
+        found.append((bench.sizes, bench.time_plans(budget=budget)))
         print(f"\r{len(found)} shapes", end="", flush=True)
     return found
 
@@ -104,11 +105,11 @@ def fit(times: Times, speeds: Speeds, names: Iterable[str], seconds: float) -> S
     return speeds
 
 
-def constants(dtype: str, trains: bool) -> list[str]:
+def constants(dtype: str, trains: bool, device: str) -> list[str]:
     """Names of the constants that such times can say anything of."""
-    names = [name for name in asdict(speeds_of("cpu", dtype)) if name not in FIXED]
+    names = [name for name, value in asdict(speeds_of(device, dtype)).items() if name not in FIXED and value > 0]
     names = [name for name in names if trains or name != "fused_backward"]
-    return [name for name in names if dtype == "float32" or not name.startswith("quick")]
+    return [name for name in names if (dtype == "float32" and device == "cpu") or not name.startswith("quick")]
 
 
 def main() -> None:
@@ -120,6 +121,8 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=1, help="of the shapes; benchmarks/planner.py judges by others")
     options.add_argument("--longest", type=float, default=0.12, help="seconds of a textbook run above which a shape is left out")
     options.add_argument("--fit-seconds", type=float, default=120.0, help="seconds of fitting for each table")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--budget", type=float, default=0.5, help="seconds for the timing of one shape")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--keep", help="file to write the times themselves to")
     given = options.parse_args()
@@ -128,7 +131,7 @@ def main() -> None:
     print_machine()
     table: dict[tuple[str, str], Speeds] = {}
     for dtype in sorted(given.dtype, reverse=True):  # float32 before half precision, whose scores are taken at its speeds
-        table["cpu", dtype] = calibrate(dtype, given)
+        table[given.device, dtype] = calibrate(dtype, given)
         use_speeds(table)
     write_speeds(given.out, table, machine())
     print(f"wrote {given.out}")
@@ -136,16 +139,16 @@ def main() -> None:
 
 def calibrate(dtype: str, given: argparse.Namespace) -> Speeds:
     """The constants of one dtype."""
-    speeds = replace(speeds_of("cpu", dtype), threads=given.threads, is_measured=True)
+    speeds = replace(speeds_of(given.device, dtype), threads=given.threads if given.device == "cpu" else 1, is_measured=True)
     for trains in (False, True) if given.train else (False,):
-        times = gather(given.minutes, getattr(torch, dtype), trains, given.seed, given.longest)
+        times = gather(given.minutes, getattr(torch, dtype), trains, given.seed, given.longest, given.device, given.budget)
         if given.keep:
             kept = [
                 {"sizes": asdict(s), "seconds": {" ".join(asdict(p).values()): t for p, t in each.items()}} for s, each in times
             ]
             Path(f"{given.keep}.{dtype}.{'train' if trains else 'forward'}.json").write_text(json.dumps(kept))
         before = error(times, speeds)
-        names = ["fused_backward"] if trains else constants(dtype, trains)
+        names = ["fused_backward"] if trains else constants(dtype, trains, given.device)
         speeds = fit(times, speeds, names, given.fit_seconds)
         what = "training steps" if trains else "forwards"
         print(

@@ -2,12 +2,11 @@
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from timing import interleaved
+from timing import interleaved, seconds_of
 
 from crossattention import CrossAttention
 from crossattention.plan import TEXTBOOK, Choice, Plan, Sizes
@@ -54,11 +53,13 @@ def random_shapes(seed: int) -> Iterator[Shape]:
 class Bench:
     """One shape's layer and tensors, and its calls by plan."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, trains: bool) -> None:
-        self.layer = CrossAttention(shape.a, shape.b, heads=shape.heads, dtype=dtype)
-        self.a = torch.randn(shape.z, shape.n, shape.a, dtype=dtype, requires_grad=trains)
-        self.b = torch.randn(shape.z, shape.m, shape.b, dtype=dtype, requires_grad=trains)
-        self.grad = torch.randn(shape.z, shape.n, shape.a, dtype=dtype)
+    def __init__(self, shape: Shape, dtype: torch.dtype, trains: bool, device: str = "cpu") -> None:
+        kwargs = {"dtype": dtype, "device": device}
+        self.layer = CrossAttention(shape.a, shape.b, heads=shape.heads, **kwargs)
+        self.a = torch.randn(shape.z, shape.n, shape.a, requires_grad=trains, **kwargs)
+        self.b = torch.randn(shape.z, shape.m, shape.b, requires_grad=trains, **kwargs)
+        self.grad = torch.randn(shape.z, shape.n, shape.a, **kwargs)
+        self.device = device
         self.trains = trains
         # Asked before any plan is pinned, which `plan_for` would give back.
         self.choice: Choice = self.layer.plan_for(self.a.shape, self.b.shape, trains=trains)
@@ -85,7 +86,7 @@ class Bench:
 
     def textbook_seconds(self) -> float:
         """One run of the textbook's plan."""
-        return _seconds(self.call(TEXTBOOK))
+        return seconds_of(self.call(TEXTBOOK), device=self.device)
 
     def time_plans(self, budget: float) -> dict[Plan, float]:
         """Median seconds of every legal plan that is not far behind: the choice's and the textbook's always."""
@@ -99,16 +100,13 @@ class Bench:
             if not always and candidate.cost.seconds > HOPELESS * lowest:
                 continue
             run = self.call(candidate.plan)
-            first[candidate.plan] = _seconds(run)
+            if self.device != "cpu":  # the first call of a kernel loads it
+                run()
+            first[candidate.plan] = seconds_of(run, device=self.device)
             if first[candidate.plan] < BEHIND * 2 * min(first.values()):
-                first[candidate.plan] = _seconds(run)
+                first[candidate.plan] = seconds_of(run, device=self.device)
         best = min(first.values())
         kept = [plan for plan, taken in first.items() if taken < BEHIND * best or plan in (TEXTBOOK, choice.plan)]
-        timings = interleaved({str(plan): self.call(plan) for plan in kept}, budget=budget, rounds=5, warmup=1)
+        calls = {str(plan): self.call(plan) for plan in kept}
+        timings = interleaved(calls, budget=budget, rounds=5, warmup=1, device=self.device)
         return {plan: timings[str(plan)].median for plan in kept}
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -36,6 +36,12 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where tests make their tensors and models; cuda in full float32, without TF32"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where torch sees no CUDA device, and those marked `browser` where no browser is installed."""
     reasons = {}
@@ -56,6 +62,19 @@ def browser() -> Iterator[Chromium]:
     assert path is not None, "a test that asks for the browser carries the mark `browser`"
     with Chromium(path) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The device that was asked for, for every tensor that a test makes without naming one."""
+    device = request.config.getoption("device")
+    if device == "cpu":
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

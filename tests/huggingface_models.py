@@ -14,7 +14,9 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 N, M = 5, 7
-SOURCE, TARGET = (torch.randint(4, 30, (2, length), generator=torch.Generator().manual_seed(0)) for length in (M, N))
+SOURCE, TARGET = (
+    torch.randint(4, 30, (2, length), generator=torch.Generator(torch.get_default_device()).manual_seed(0)) for length in (M, N)
+)
 MASK = torch.arange(M) < torch.tensor([[M], [4]])
 SIZES: dict[str, Any] = {
     "vocab_size": 30,
@@ -93,7 +95,7 @@ def whisper() -> nn.Module:
 
 
 def read_sound(model: nn.Module, **options: Any) -> Any:
-    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    sound = torch.randn(2, 8, 20, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return model(input_features=sound, decoder_input_ids=TARGET, **options)
 
 
@@ -107,7 +109,7 @@ def trocr() -> nn.Module:
 
 
 def read_states(model: nn.Module, **options: Any) -> Any:
-    states = torch.randn(2, M, 12, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(2, M, 12, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return model(input_ids=TARGET, encoder_hidden_states=states, encoder_attention_mask=MASK.long(), **options)
 
 
@@ -127,7 +129,7 @@ def perceiver() -> nn.Module:
 
 
 def read_inputs(model: nn.Module, **options: Any) -> Any:
-    inputs = torch.randn(2, M, 12, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(2, M, 12, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return model(inputs=inputs, attention_mask=MASK, **options)
 
 
@@ -153,7 +155,7 @@ def bert_decoder() -> nn.Module:
 
 
 def read_wide_states(model: nn.Module, **options: Any) -> Any:
-    states = torch.randn(2, M, 16, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(2, M, 16, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return model(input_ids=TARGET, encoder_hidden_states=states, encoder_attention_mask=MASK.long(), **options)
 
 
@@ -166,7 +168,7 @@ def instructed_qformer() -> nn.Module:
 
 
 def read_by_queries(model: nn.Module, **options: Any) -> Any:
-    drawn = torch.Generator().manual_seed(0)
+    drawn = torch.Generator(torch.get_default_device()).manual_seed(0)
     queries, states = torch.randn(2, N, 16, generator=drawn), torch.randn(2, M, 12, generator=drawn)
     if "Instruct" in type(model).__name__:
         options |= {"input_ids": TARGET, "attention_mask": torch.ones(2, 2 * N)}
@@ -183,7 +185,10 @@ def detr() -> nn.Module:
 
 
 def read_pixels(model: nn.Module, **options: Any) -> Any:
-    pixels, real = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)), torch.ones(2, 64, 96)
+    pixels, real = (
+        torch.randn(2, 3, 64, 96, generator=torch.Generator(torch.get_default_device()).manual_seed(0)),
+        torch.ones(2, 64, 96),
+    )
     real[1, :, 40:] = 0
     return model(pixel_values=pixels, pixel_mask=real, **options)
 
@@ -201,7 +206,7 @@ def mllama() -> nn.Module:
 
 def pictures_and_text() -> dict[str, Any]:
     ids = torch.tensor([[1, 39, 5, 6, 7, 8], [1, 39, 9, 10, 3, 4]])
-    pixels = torch.randn(2, 1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 1, 2, 3, 8, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return {
         "input_ids": ids,
         "pixel_values": pixels,
@@ -229,7 +234,7 @@ def picture_to_text() -> nn.Module:
 
 def drawn(model: nn.Module, scale: float = 0.3) -> nn.Module:
     """The model, in evaluation mode, with weights so large that attention and tokens differ."""
-    numbers = torch.Generator().manual_seed(3)
+    numbers = torch.Generator(torch.get_default_device()).manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=numbers))

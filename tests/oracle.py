@@ -55,5 +55,5 @@ def specification(layer: CrossAttention, a: Tensor, b: Tensor, **masks: Tensor) 
 
 def gradients(out: Tensor, inputs: list[Tensor], seed: int = 1) -> list[Tensor]:
     """Gradients of a random projection of `out`; a missing one is an error."""
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(seed))
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     return list(torch.autograd.grad((out * direction).sum(), inputs))

@@ -76,7 +76,7 @@ def equal_to_one_process(layer, a, b, lengths=None, *, how="forward", **masks):
     whole_a, whole_b = a.detach().requires_grad_(), b.detach().requires_grad_()
     trained = [p for p in layer.parameters() if p.requires_grad]
     wanted = layer(whole_a, whole_b, **masks)
-    direction = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     grads = torch.autograd.grad((wanted * direction).sum(), [whole_a, whole_b, *trained], allow_unused=True)
 
     a, b = a.detach().requires_grad_(), b.detach().requires_grad_()

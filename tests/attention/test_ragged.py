@@ -43,7 +43,7 @@ def expected(layer: CrossAttention, a: list[Tensor], b: list[Tensor], **masks: l
 
 
 def grads(outs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     total = sum((out * torch.randn(out.shape, dtype=out.dtype, generator=generator)).sum() for out in outs)
     found = torch.autograd.grad(total, leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]

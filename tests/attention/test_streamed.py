@@ -31,7 +31,7 @@ def in_blocks(b: Tensor, mask: Tensor | None = None) -> list:
 
 
 def grads(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     found = torch.autograd.grad((out * direction).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
@@ -124,7 +124,9 @@ class Counted:
 
     def __iter__(self) -> Iterator[Tensor]:
         for place in range(self.count):
-            block = torch.randn(1, 4, B, dtype=torch.float64, generator=torch.Generator().manual_seed(place))
+            block = torch.randn(
+                1, 4, B, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(place)
+            )
             self.alive, self.read = self.alive + 1, self.read + 1
             self.most = max(self.most, self.alive)
             import weakref

@@ -52,7 +52,7 @@ def marian(**changes: Any) -> nn.Module:
 
 
 def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return torch.randint(1, 16, (2, 7), generator=generator), torch.randint(1, 16, (2, 5), generator=generator)
 
 

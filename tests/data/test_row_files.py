@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from crossattention import CrossAttention
 from crossattention.data.row_files import RowFile
 
-ROWS = torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(23, 5, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
 
 
 def write(path: Path, rows: torch.Tensor = ROWS) -> Path:

@@ -115,7 +115,7 @@ def test_generation_gives_the_same_tokens(make: Callable[[], nn.Module]) -> None
 
 
 def test_masks_biases_groups_and_dropout() -> None:
-    drawn_ = torch.Generator().manual_seed(0)
+    drawn_ = torch.Generator(torch.get_default_device()).manual_seed(0)
     query, key, value = (torch.randn(2, heads, n, 8, generator=drawn_) for heads, n in ((4, 3), (2, 5), (2, 5)))
     bias = torch.randn(1, 4, 3, 5, generator=drawn_)
     open_ = torch.rand(2, 1, 3, 5, generator=drawn_) > 0.4

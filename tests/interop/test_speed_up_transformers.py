@@ -268,9 +268,13 @@ def generate(model: nn.Module, **options: Any) -> Any:
     torch.manual_seed(1)
     options = {"max_new_tokens": 6, **options}
     if isinstance(model, transformers.WhisperForConditionalGeneration):
-        return model.generate(torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0)), **options)
+        return model.generate(
+            torch.randn(2, 8, 20, generator=torch.Generator(torch.get_default_device()).manual_seed(0)), **options
+        )
     if isinstance(model, transformers.VisionEncoderDecoderModel):
-        return model.generate(pixel_values=torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), **options)
+        return model.generate(
+            pixel_values=torch.randn(2, 3, 16, 16, generator=torch.Generator(torch.get_default_device()).manual_seed(0)), **options
+        )
     if isinstance(model, transformers.MllamaForConditionalGeneration):
         return model.generate(**pictures_and_text(), **{"do_sample": False, **options})
     return model.generate(input_ids=SOURCE, attention_mask=MASK.long(), **options)

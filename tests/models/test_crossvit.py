@@ -23,7 +23,7 @@ def small(config: CrossViTConfig = CONFIG) -> CrossViT:
 
 
 def images(batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, 3, 40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, 3, 40, 32, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
 
 
 def test_the_logits_are_the_mean_of_both_branches() -> None:

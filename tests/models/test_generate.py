@@ -27,7 +27,7 @@ def tiny(vocab_size: int = 9, seed: int = 4, **changes) -> Transformer:
 
 def sources(z: int = 5, m: int = 6) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([m, 2, 4, 1, 3])[:z]
-    ids = torch.randint(3, 19, (z, m), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 19, (z, m), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return ids, torch.arange(m) < lengths[:, None]
 
 
@@ -193,7 +193,9 @@ def test_what_is_finished_does_not_change_any_more() -> None:
     finished = [row for row in range(5) if short[row].is_finished]
     assert finished
     assert_same([short[row] for row in finished], [long[row] for row in finished])
-    drawn = sample(model, source, mask, num_samples=6, max_length=12, generator=torch.Generator().manual_seed(1))
+    drawn = sample(
+        model, source, mask, num_samples=6, max_length=12, generator=torch.Generator(torch.get_default_device()).manual_seed(1)
+    )
     for row in range(5):
         for hypothesis in drawn[row]:
             if not hypothesis.is_finished:
@@ -216,7 +218,13 @@ def test_sampling_the_best_symbol_only_is_greedy() -> None:
 def test_one_generator_state_gives_one_sample() -> None:
     model = tiny()
     drawn = [
-        sample(model, *sources(z=2), num_samples=4, max_length=6, generator=torch.Generator().manual_seed(seed))
+        sample(
+            model,
+            *sources(z=2),
+            num_samples=4,
+            max_length=6,
+            generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
+        )
         for seed in (7, 7, 8)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -361,7 +369,9 @@ def test_padding_and_begin_are_never_generated() -> None:
     tables = torch.zeros(1, 6, 6)
     tables[..., [PAD, BEGIN]] = 9.0
     source = torch.zeros(1, 1, dtype=torch.long)
-    drawn = sample(Toy(tables), source, num_samples=50, max_length=5, generator=torch.Generator().manual_seed(0))
+    drawn = sample(
+        Toy(tables), source, num_samples=50, max_length=5, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     for hypothesis in (
         *drawn[0],
         *greedy(Toy(tables), source, max_length=5),
@@ -373,7 +383,7 @@ def test_padding_and_begin_are_never_generated() -> None:
 def draws(tables: Tensor, **keywords) -> list[float]:
     """Shares of the symbols drawn first, out of 20,000 samples."""
     source = torch.zeros(1, 1, dtype=torch.long)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     (drawn,) = sample(Toy(tables), source, num_samples=20_000, max_length=1, generator=generator, **keywords)
     first = [hypothesis.ids[0] if hypothesis.ids else END for hypothesis in drawn]
     return [first.count(symbol) / len(first) for symbol in range(tables.shape[-1])]

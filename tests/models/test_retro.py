@@ -56,7 +56,7 @@ def small(dtype: torch.dtype = torch.float64, **changes: object) -> Retro:
 
 def inputs(n: int = 14, k: int = 2, r: int = 7, z: int = 2, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, neighbours and a mask in which a chunk has no neighbour, one has a single one, and some have short ones."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     ids = torch.randint(SMALL.vocab_size, (z, n), generator=generator)
     neighbours = torch.randint(SMALL.vocab_size, (z, n // C, k, r), generator=generator)
     mask = torch.arange(r) < torch.randint(1, r + 1, (z, n // C, k, 1), generator=generator)
@@ -340,7 +340,10 @@ def test_sampling_draws_within_what_is_asked_and_is_repeatable() -> None:
     model = small()
     ids = inputs(3)[0][:1].expand(40, -1)
     retrieve, _ = looked_up()
-    drawn = [model.sample(ids, retrieve, new_tokens=1, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    drawn = [
+        model.sample(ids, retrieve, new_tokens=1, generator=torch.Generator(torch.get_default_device()).manual_seed(s))
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     best = model(ids[:1])[0, -1].topk(3).indices
     few = model.sample(ids, retrieve, new_tokens=1, top_k=3, temperature=3.0)

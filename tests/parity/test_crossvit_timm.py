@@ -42,7 +42,13 @@ def pair(config: CrossViTConfig, dtype: torch.dtype, theirs: nn.Module | None = 
 
 
 def images_for(config: CrossViTConfig, dtype: torch.dtype, batch: int = 2) -> Tensor:
-    return torch.randn(batch, config.channels, *config.image_size, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    return torch.randn(
+        batch,
+        config.channels,
+        *config.image_size,
+        dtype=dtype,
+        generator=torch.Generator(torch.get_default_device()).manual_seed(2),
+    )
 
 
 def branches_of(theirs: nn.Module, images: Tensor) -> list[Tensor]:

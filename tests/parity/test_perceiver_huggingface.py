@@ -128,7 +128,7 @@ def test_gradients_are_theirs(architecture: str) -> None:
     out, wanted = ours(inputs), theirs_of(architecture, theirs, inputs)
     pairs = [(out[kind], wanted[kind]) for kind in out] if isinstance(out, dict) else [(out, wanted)]
     for mine, yours in pairs:
-        direction = torch.randn(mine.shape, dtype=mine.dtype, generator=torch.Generator().manual_seed(3))
+        direction = torch.randn(mine.shape, dtype=mine.dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
         (mine * direction).sum().backward(retain_graph=True)
         (yours * direction).sum().backward(retain_graph=True)
     made = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}

@@ -63,7 +63,7 @@ def models(request: pytest.FixtureRequest) -> tuple[Transformer, nn.Module]:
 
 def sources() -> tuple[Tensor, Tensor]:
     mask = torch.arange(7) < torch.tensor([[7], [4], [1], [6]])
-    ids = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     return ids.masked_fill(~mask, PAD), mask
 
 

@@ -44,7 +44,7 @@ class Copying:
         return Transformer(CONFIG)
 
     def batch_at(self, step: int) -> Ids:
-        return Ids(torch.randint(3, 9, (2, 5), generator=torch.Generator().manual_seed(step)))
+        return Ids(torch.randint(3, 9, (2, 5), generator=torch.Generator(torch.get_default_device()).manual_seed(step)))
 
     def loss(self, model: nn.Module, batch: Ids) -> Tensor:
         return nn.functional.cross_entropy(model(batch.ids, batch.ids).flatten(0, 1), batch.ids.flatten())

@@ -55,7 +55,7 @@ class ToyTask:
 
     def __init__(self, *, delay=0.0, evaluation_delay=0.0, bad_step=None, sleep=time.sleep):
         self.delay, self.evaluation_delay, self.bad_step, self.sleep = delay, evaluation_delay, bad_step, sleep
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1)
         self.inputs = torch.randn(64, 6, generator=generator)
         self.labels = self.inputs @ torch.arange(1.0, 7.0)
         self.evaluations = 0
@@ -67,7 +67,7 @@ class ToyTask:
     def batch_at(self, step):
         self.sleep(self.delay)
         self.batches.append(step)
-        generator = torch.Generator().manual_seed(1000 + step // self.steps_per_epoch)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1000 + step // self.steps_per_epoch)
         order = torch.randperm(64, generator=generator)
         indices = order[8 * (step % self.steps_per_epoch) :][:8]
         inputs = self.inputs[indices]
