@@ -12,7 +12,7 @@ from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import FeedForward
 from crossattention.layers.norms import RMSNorm
 from crossattention.layers.positions import RelativeLogits
-from crossattention.layers.pre_norm import add_feed_forward, add_self_attention
+from crossattention.layers.pre_norm import add_feed_forward, add_self_attention, with_norm
 from tolerances import assert_close
 
 Run = Callable[[Tensor], Tensor]
@@ -31,6 +31,16 @@ def feed_forward(activation: str) -> tuple[nn.ModuleList, Run, Run]:
         lambda x: add_feed_forward(x, norm, layer, dropout),
         lambda x: dropout(layer(norm(x)), x),
     )
+
+
+def other_sublayer() -> tuple[nn.ModuleList, Run, Run]:
+    norm, layer = norm_of(6), nn.Linear(6, 6, dtype=torch.float64)
+
+    def together(x: Tensor) -> Tensor:
+        x, normed = with_norm(x, norm)
+        return x + layer(normed) * normed
+
+    return nn.ModuleList((norm, layer)), together, lambda x: x + layer(norm(x)) * norm(x)
 
 
 def self_attention(bias: bool, *, causal: bool = False, mask: Tensor | None = None) -> tuple[nn.ModuleList, Run, Run]:
@@ -63,6 +73,7 @@ CASES = {
     "gelu": lambda: feed_forward("gelu"),
     "relu": lambda: feed_forward("relu"),
     "silu": lambda: feed_forward("silu"),
+    "other": other_sublayer,
     "attention": lambda: self_attention(False),
     "biases": lambda: self_attention(True),
     "causal": lambda: self_attention(False, causal=True),
@@ -82,7 +93,11 @@ def test_sublayers_and_their_gradients_are_those_of_their_parts(
     grad = torch.randn(3, 5, 6, dtype=torch.float64)
     inputs = [x, *modules.parameters()]
     found, wanted = together(x), apart(x)
-    assert names_of(found) & {"_FeedForwardBackward", "_ProjectionsBackward"} and "_NormalisedBackward" in names_of(wanted)
+    assert names_of(found) & {
+        "_FeedForwardBackward",
+        "_ProjectionsBackward",
+        "_WithNormBackward",
+    } and "_NormalisedBackward" in names_of(wanted)
     assert_close(found, wanted)
     for mine, other in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
         assert_close(mine, other)
@@ -90,9 +105,10 @@ def test_sublayers_and_their_gradients_are_those_of_their_parts(
 
 def test_a_gradient_of_the_gradient_is_there() -> None:
     torch.manual_seed(0)
-    _, together, _ = CASES["gelu"]()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(together, (x,))
+    for name in ("gelu", "other"):
+        _, together, _ = CASES[name]()
+        assert torch.autograd.gradgradcheck(together, (x,))
     norm, layer = norm_of(6), nn.Linear(6, 4, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda x: pre_norm.projections_of_norm(x, norm, (layer,)), (x,))
 

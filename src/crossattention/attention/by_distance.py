@@ -186,13 +186,16 @@ class _ByDistance(torch.autograd.Function):
         for block, kept in work.blocks(weights):
             q, k, v, g = (heads_first(tensor[block]) for tensor in (queries, keys, values, grad))
             placed, dq = _placed(q, bias), torch.empty_like(q, memory_format=torch.contiguous_format)
-            dk, dv = (torch.zeros(tensor.shape, dtype=q.dtype) for tensor in (k, v))
+            dk, dv = (torch.empty(tensor.shape, dtype=q.dtype) for tensor in (k, v))
+            if len(spans) > 1:
+                dk.zero_(), dv.zero_()
+            kept_before = 1.0 if len(spans) > 1 else 0.0  # of the gradients of keys and values, which each span adds to
             for (begin, end, m), skew, w in zip(spans, work.skews, kept, strict=True):
                 gs, qs = g[:, begin:end], q[:, begin:end]
-                dv[:, :m].baddbmm_(w.transpose(1, 2), gs)
+                dv[:, :m].baddbmm_(w.transpose(1, 2), gs, beta=kept_before)
                 ds = torch.bmm(gs, v[:, :m].transpose(1, 2))
                 torch._softmax_backward_data(ds, w, -1, w.dtype, grad_input=ds)
-                dk[:, :m].baddbmm_(ds.transpose(1, 2), qs, alpha=layout.scale)
+                dk[:, :m].baddbmm_(ds.transpose(1, 2), qs, beta=kept_before, alpha=layout.scale)
                 skew.from_pairs(ds)
                 by_distance = skew.by_distance(len(q) // h)
                 d_placed = torch.bmm(by_distance, scaled[:, -skew.u :])

@@ -71,6 +71,14 @@ def add_self_attention(x: Tensor, norm: RMSNorm, attention: SelfAttention, dropo
     return add_projection(x, attention.read(*projected, mask=mask), attention.out_proj)
 
 
+def with_norm(x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """X itself, to be added to, and norm(x): the gradient of both is taken in one pass."""
+    if not _goes_together(x, norm):
+        return x, norm(x)
+    found: tuple[Tensor, Tensor] = _WithNorm.apply(x, norm.weight, _eps(norm, x))
+    return found
+
+
 def projections_of_norm(x: Tensor, norm: RMSNorm, projections: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
     """X itself, to be added to, and each projection of norm(x).
 
@@ -88,8 +96,8 @@ def add_projection(x: Tensor, read: Tensor, projection: nn.Linear) -> Tensor:
     return torch.addmm(x.flatten(0, -2), read.flatten(0, -2), projection.weight.t()).view_as(x)
 
 
-def _goes_together(x: Tensor, norm: nn.Module, dropout: nn.Dropout, *modules: nn.Module) -> bool:
-    """Whether gradients of this file's own may stand for autograd's: plain parts that nobody looks at, on a CPU.
+def _goes_together(x: Tensor, norm: nn.Module, *modules: nn.Module) -> bool:
+    """Whether gradients of this file's own may stand for autograd's: plain parts that nobody looks at, no dropout, on a CPU.
 
     It does not ask which weights are frozen: a frozen model gives the numbers, to the bit, of one that is not.
     """
@@ -103,8 +111,8 @@ def _goes_together(x: Tensor, norm: nn.Module, dropout: nn.Dropout, *modules: nn
         and type(norm) is RMSNorm
         and norm.weight is not None
         and norm.normalized_shape == x.shape[-1:]
-        and not _drops(dropout)
-        and all(type(module) in _PLAIN and not is_watched(module) for module in (norm, dropout, *modules))
+        and all(type(module) in _PLAIN and not is_watched(module) for module in (norm, *modules))
+        and not any(_drops(module) for module in modules if isinstance(module, nn.Dropout))
         and all(is_plain_linear(module) for module in modules if isinstance(module, nn.Linear))
         and all(_is_plain(weight, x.dtype) for weight in norm.parameters())
         and all(_is_plain(weight, x.dtype) for module in modules for weight in module.parameters(recurse=False))
@@ -143,17 +151,19 @@ def _normed(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _d_normed(rows: Tensor, weight: Tensor, scales: Tensor, grad: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and weight of their norm, of its gradient g, plus what is `added` to that of rows; `grad` is written over.
+    """Gradients of rows and weight of their norm, of its gradient g, plus what is `added` to that of rows.
 
     dx = s w g - x s^3 / d (x w g summed over the row),   dw = x s g summed over rows
     """
     out, d_weight = torch.empty_like(rows, memory_format=torch.contiguous_format), torch.zeros_like(weight)
-    for block in _blocks(rows):
+    blocks = _blocks(rows)
+    buffer = torch.empty_like(out[blocks[0]])
+    for block in blocks:
         some, g, s, d_some = rows[block], grad[block], scales[block], out[block]
         torch.mul(g, some, out=d_some)
         d_weight.addmv_(d_some.t(), s[:, 0])
         along = torch.mv(d_some, weight).unsqueeze(1)
-        g.mul_(weight)
+        g = torch.mul(g, weight, out=buffer[: len(some)])
         if added is None:
             torch.mul(g, s, out=d_some)
         else:
@@ -221,6 +231,33 @@ class _FeedForward(torch.autograd.Function):
         d_up = multiply(d_hidden.t(), normed.t()) if for_up else None
         d_rows, d_weight = _d_normed(rows, norm_weight, scales, multiply(d_hidden, up.t()), grads)
         return d_rows.view(x.shape), d_weight, d_up, d_down, None, None
+
+
+class _WithNorm(torch.autograd.Function):
+    """X itself and norm(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, scales = _normed(x.reshape(-1, x.shape[-1]), weight, eps)
+        ctx.save_for_backward(x, weight, scales)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return x, normed.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, scales = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is asked for: of the formula itself
+
+            def formula(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+                return x, F.rms_norm(x, weight.shape, weight, ctx.eps)
+
+            return *_by_formula(formula, (x, weight), ctx.needs_input_grad, (d_x, d_normed)), None
+        if d_normed is None:
+            return d_x, None, None
+        rows, added = x.reshape(-1, x.shape[-1]), None if d_x is None else d_x.reshape(-1, x.shape[-1])
+        d_rows, d_weight = _d_normed(rows, weight, scales, d_normed.reshape(rows.shape), added)
+        return d_rows.view(x.shape), d_weight, None
 
 
 class _Projections(torch.autograd.Function):

@@ -58,7 +58,7 @@ from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import ACTIVATIONS, FeedForward
 from crossattention.layers.norms import RMSNorm
 from crossattention.layers.positions import RelativeLogits
-from crossattention.layers.pre_norm import add_feed_forward, add_self_attention
+from crossattention.layers.pre_norm import add_feed_forward, add_self_attention, with_norm
 from crossattention.models.generate import draw_from
 from crossattention.models.pretrained import Pretrained
 
@@ -308,7 +308,8 @@ class RetroEncoderLayer(nn.Module):
         x = add_self_attention(flat, self.self_attention_norm, self.self_attention, self.dropout, mask).view_as(x)
         if self.cross_attention is not None:  # the k neighbours read one chunk, which is projected once
             assert self.cross_attention_norm is not None and self.chunk_norm is not None
-            x = self.dropout(self.cross_attention(self.cross_attention_norm(x), self.chunk_norm(chunks)), x)
+            x, normed = with_norm(x, self.cross_attention_norm)
+            x = self.dropout(self.cross_attention(normed, self.chunk_norm(chunks)), x)
         return add_feed_forward(x, self.feed_forward_norm, self.feed_forward, self.dropout)
 
 
@@ -553,8 +554,8 @@ class Retro(Pretrained, nn.Module):
                 if states is None:
                     whole = x[:, : found.ids.shape[1] * self.config.chunk_length]
                     states = self._encoded(found, whole)
-                update = layer.cross_attention(layer.cross_attention_norm(x), states, found.mask)
-                x = layer.dropout(update, x)
+                x, normed = with_norm(x, layer.cross_attention_norm)
+                x = layer.dropout(layer.cross_attention(normed, states, found.mask), x)
             x = layer.transform(x)
         return self._logits(x) if labels is None else self._nats(x, labels)
 
