@@ -3,8 +3,9 @@
     scores[h, n, m] = scale (q[h, n] . k[h, m] + (q[h, n] + bias_h) . table_h[p_n - s_m])
 
 Where positions count up by one, each row meets every distance that there is, and the pairs' logits are the same numbers one further
-along in each row. Items are taken in turn, so many at once that their scores stay in the processor's cache; only the weights are
-kept for the backward pass, in which the gradients of scores and of distances are one another's, laid out anew.
+along in each row. Items are taken in turn, so many at once that their scores stay in the processor's cache: of several items one head
+at a time, as heads of one item lie evenly in memory and so do items of one head, but not both. Only the weights are kept for the
+backward pass, in which the gradients of scores and of distances are one another's, laid out anew.
 
 Legend: z batch, h heads, n queries, m keys, k/w widths of keys and values, u distances, r/c runs of queries and of keys.
 """
@@ -103,7 +104,7 @@ class _Skew:
 
     def __init__(self, like: Tensor, heads: int, items: int, span: tuple[int, int, int], layout: _Layout) -> None:
         begin, end, keys = span
-        self.causal = layout.is_causal
+        self.causal, self.heads = layout.is_causal, heads
         self.runs, self.n = (1, end - begin) if self.causal else (layout.rows.count, layout.rows.length)
         self.repeats, self.m = (1, keys) if self.causal else (layout.columns.count, layout.columns.length)
         self.u = self.m if self.causal else self.n + self.m - 1
@@ -139,7 +140,7 @@ class _Skew:
 
 
 class _ByDistance(torch.autograd.Function):
-    """Within a block of items the heads come first, as the table of distances is a head's."""
+    """Within a block the heads come first, as the table of distances is a head's."""
 
     @staticmethod
     def forward(
@@ -157,18 +158,19 @@ class _ByDistance(torch.autograd.Function):
         weights = queries.new_empty(z * h * sum((end - begin) * m for begin, end, m in spans))
         out = queries.new_empty(z, n, h, values.shape[3])
         work = _Work(queries, layout, spans)
-        for block, kept in work.blocks(weights):
-            q, k, v = (heads_first(tensor[block]) for tensor in (queries, keys, values))
-            placed = _placed(q, bias)
+        for block, heads, kept in work.blocks(weights):
+            q, k, v = (heads_first(tensor[block, heads]) for tensor in (queries, keys, values))
+            placed, some_scaled = _placed(q, None if bias is None else bias[heads]), scaled[heads]
             for span, skew, w in zip(spans, work.skews, kept, strict=True):
                 begin, end, m = span
-                by_distance = skew.by_distance(len(q) // h)
-                torch.bmm(placed[:, begin:end].reshape(h, -1, q.shape[2]), scaled[:, -skew.u :].transpose(1, 2), out=by_distance)
+                by_distance = skew.by_distance(len(q) // skew.heads)
+                rows = placed[:, begin:end].reshape(skew.heads, -1, q.shape[2])
+                torch.bmm(rows, some_scaled[:, -skew.u :].transpose(1, 2), out=by_distance)
                 skew.to_pairs(w)
                 w.baddbmm_(q[:, begin:end], k[:, :m].transpose(1, 2), alpha=layout.scale)
-                _cut(w, span, layout, None if mask is None else mask[block], h)
+                _cut(w, span, layout, None if mask is None else mask[block], skew.heads)
                 read = torch.bmm(w, v[:, :m])
-                out[block, begin:end] = read.view(h, -1, end - begin, read.shape[2]).permute(1, 2, 0, 3)
+                out[block, begin:end, heads] = read.view(skew.heads, -1, end - begin, read.shape[2]).permute(1, 2, 0, 3)
         ctx.save_for_backward(queries, keys, values, bias, table, weights)
         ctx.layout = layout
         return out.transpose(1, 2)
@@ -177,15 +179,16 @@ class _ByDistance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, bias, table, weights = ctx.saved_tensors
-        layout, spans, h = ctx.layout, ctx.layout.spans(), queries.shape[1]
+        layout, spans = ctx.layout, ctx.layout.spans()
         scaled = (table * layout.scale).transpose(0, 1)
         d_queries, d_keys, d_values = (tensor.new_empty(*tensor.transpose(1, 2).shape) for tensor in (queries, keys, values))
         d_bias = None if bias is None else torch.zeros_like(bias)
         d_table = scaled.new_zeros(scaled.shape) if ctx.needs_input_grad[4] else None
         work = _Work(queries, layout, spans)
-        for block, kept in work.blocks(weights):
-            q, k, v, g = (heads_first(tensor[block]) for tensor in (queries, keys, values, grad))
-            placed, dq = _placed(q, bias), torch.empty_like(q, memory_format=torch.contiguous_format)
+        for block, heads, kept in work.blocks(weights):
+            q, k, v, g = (heads_first(tensor[block, heads]) for tensor in (queries, keys, values, grad))
+            placed, some_scaled = _placed(q, None if bias is None else bias[heads]), scaled[heads]
+            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
             dk, dv = (torch.empty(tensor.shape, dtype=q.dtype) for tensor in (k, v))
             if len(spans) > 1:
                 dk.zero_(), dv.zero_()
@@ -197,43 +200,45 @@ class _ByDistance(torch.autograd.Function):
                 torch._softmax_backward_data(ds, w, -1, w.dtype, grad_input=ds)
                 dk[:, :m].baddbmm_(ds.transpose(1, 2), qs, beta=kept_before, alpha=layout.scale)
                 skew.from_pairs(ds)
-                by_distance = skew.by_distance(len(q) // h)
-                d_placed = torch.bmm(by_distance, scaled[:, -skew.u :])
+                by_distance = skew.by_distance(len(q) // skew.heads)
+                d_placed = torch.bmm(by_distance, some_scaled[:, -skew.u :])
                 if d_bias is not None:
-                    d_bias += d_placed.sum(1)
+                    d_bias[heads] += d_placed.sum(1)
                 if d_table is not None:
-                    some = placed[:, begin:end].reshape(h, -1, q.shape[2])
-                    d_table[:, -skew.u :].baddbmm_(by_distance.transpose(1, 2), some, alpha=layout.scale)
+                    rows = placed[:, begin:end].reshape(skew.heads, -1, q.shape[2])
+                    d_table[heads, -skew.u :].baddbmm_(by_distance.transpose(1, 2), rows, alpha=layout.scale)
                 dq[:, begin:end] = d_placed.view(len(q), end - begin, -1).baddbmm_(ds, k[:, :m], alpha=layout.scale)
             for tensor, whole in ((dq, d_queries), (dk, d_keys), (dv, d_values)):
-                whole[block] = tensor.view(h, -1, *tensor.shape[1:]).permute(1, 2, 0, 3)
+                whole[block, :, heads] = tensor.view(work.heads, -1, *tensor.shape[1:]).permute(1, 2, 0, 3)
         given = (d_queries.transpose(1, 2), d_keys.transpose(1, 2), d_values.transpose(1, 2))
         return *given, d_bias, None if d_table is None else d_table.transpose(0, 1), None, None
 
 
 class _Work:
-    """Which items are taken together, and the memory that they share."""
+    """Which items and heads are taken together, and the memory that they share."""
 
     def __init__(self, queries: Tensor, layout: _Layout, spans: list[tuple[int, int, int]]) -> None:
-        self.batch, self.heads = queries.shape[:2]
+        self.batch, self.all_heads = queries.shape[:2]
         self.sizes = [((end - begin), m) for begin, end, m in spans]
+        # Spans cut rows out of the middle of an item, which are then not whole in memory: one item at a time.
+        self.heads = self.all_heads if len(spans) > 1 or self.batch == 1 else 1
         largest = self.heads * max(rows * m for rows, m in self.sizes)
         room = CACHED_NUMBERS * torch.get_num_threads()
-        # Spans cut rows out of the middle of an item, which are then not whole in memory: one item at a time.
         self.items = 1 if len(spans) > 1 else max(1, min(self.batch, room // largest))
         self.skews = [_Skew(queries, self.heads, self.items, span, layout) for span in spans]
 
-    def blocks(self, weights: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Items, and their weights (h y, rows, keys) of each span."""
+    def blocks(self, weights: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+        """Items, heads, and their weights (h y, rows, keys) of each span."""
         at = 0
-        for begin in range(0, self.batch, self.items):
-            items = min(self.items, self.batch - begin)
-            kept = []
-            for rows, m in self.sizes:
-                size = self.heads * items * rows * m
-                kept.append(weights[at : at + size].view(-1, rows, m))
-                at += size
-            yield slice(begin, begin + items), kept
+        for head in range(0, self.all_heads, self.heads):
+            for begin in range(0, self.batch, self.items):
+                items = min(self.items, self.batch - begin)
+                kept = []
+                for rows, m in self.sizes:
+                    size = self.heads * items * rows * m
+                    kept.append(weights[at : at + size].view(-1, rows, m))
+                    at += size
+                yield slice(begin, begin + items), slice(head, head + self.heads), kept
 
 
 def _placed(queries: Tensor, bias: Tensor | None) -> Tensor:
