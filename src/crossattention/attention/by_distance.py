@@ -3,9 +3,9 @@
     scores[h, n, m] = scale (q[h, n] . k[h, m] + (q[h, n] + bias_h) . table_h[p_n - s_m])
 
 Where positions count up by one, each row meets every distance that there is, and the pairs' logits are the same numbers one further
-along in each row. Items are taken in turn, so many at once that their scores stay in the processor's cache: of several items one head
-at a time, as heads of one item lie evenly in memory and so do items of one head, but not both. Only the weights are kept for the
-backward pass, in which the gradients of scores and of distances are one another's, laid out anew.
+along in each row. Items are taken in turn, so many at once that their scores stay in the processor's cache; of several items one
+head at a time, as heads of one item lie evenly in memory and so do items of one head, but not both. Only the weights are kept for
+the backward pass, in which the gradients of scores and of distances are one another's, laid out anew.
 
 Legend: z batch, h heads, n queries, m keys, k/w widths of keys and values, u distances, r/c runs of queries and of keys.
 """

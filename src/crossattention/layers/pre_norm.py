@@ -139,15 +139,32 @@ def _eps(norm: RMSNorm, x: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------- their gradients
 
 
-def _normed(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of rows (rows, d), x s w, and s = 1 / sqrt(mean(x^2) + eps), a number a row."""
+def _normed(rows: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of rows (rows, d), x s w or x s, and s = 1 / sqrt(mean(x^2) + eps), a number a row."""
     out, scales = torch.empty_like(rows, memory_format=torch.contiguous_format), torch.empty_like(rows[:, :1])
     for block in _blocks(rows):
         some, s = rows[block], scales[block]
         torch.linalg.vector_norm(some, dim=-1, keepdim=True, out=s)
-        s.mul_(len(weight) ** -0.5).square_().add_(eps).rsqrt_()
-        torch.mul(some, s, out=out[block]).mul_(weight)
+        s.mul_(rows.shape[1] ** -0.5).square_().add_(eps).rsqrt_()
+        normed = torch.mul(some, s, out=out[block])
+        if weight is not None:
+            normed.mul_(weight)
     return out, scales
+
+
+def _d_unit(unit: Tensor, scales: Tensor, grad: Tensor, added: Tensor | None) -> Tensor:
+    """The gradient of rows x of u = x s, of that of u, plus what is `added` to it: s g - s u / d (u g summed over the row)."""
+    out, blocks = torch.empty_like(unit), _blocks(unit)
+    buffer, means = torch.empty_like(unit[blocks[0]]), unit.new_full(unit.shape[1:], 1.0 / unit.shape[1])
+    for block in blocks:
+        u, g, s, d_some = unit[block], grad[block], scales[block], out[block]
+        along = torch.mv(torch.mul(u, g, out=buffer[: len(u)]), means).unsqueeze(1)
+        if added is None:
+            torch.mul(g, s, out=d_some)
+        else:
+            torch.addcmul(added[block], g, s, out=d_some)
+        d_some.addcmul_(u, along.mul_(s), value=-1.0)
+    return out
 
 
 def _d_normed(rows: Tensor, weight: Tensor, scales: Tensor, grad: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -199,23 +216,23 @@ _KERNELS: dict[type[nn.Module], _Kernels] = {
 
 
 class _FeedForward(torch.autograd.Function):
-    """X + act(norm(x) W1^T) W2^T."""
+    """X + act(norm(x) W1^T) W2^T; the norm's weight is folded into W1, so that activations do not meet it."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, up: Tensor, down: Tensor, eps: float, activation: type[nn.Module]
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        normed, scales = _normed(rows, norm_weight, eps)
-        hidden = multiply(normed, up)
+        unit, scales = _normed(rows, None, eps)
+        hidden = multiply(unit, up * norm_weight)
         active = _KERNELS[activation].forward(hidden)
-        ctx.save_for_backward(x, norm_weight, up, down, scales, normed, hidden, active)
+        ctx.save_for_backward(x, norm_weight, up, down, scales, unit, hidden, active)
         ctx.eps, ctx.activation = eps, activation
         return _added(rows, active, down).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, up, down, scales, normed, hidden, active = ctx.saved_tensors
+        x, norm_weight, up, down, scales, unit, hidden, active = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: of the formula itself
 
             def formula(x: Tensor, norm_weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
@@ -223,13 +240,13 @@ class _FeedForward(torch.autograd.Function):
                 return (x + F.linear(active, down),)
 
             return *_by_formula(formula, (x, norm_weight, up, down), ctx.needs_input_grad, (grad,)), None, None
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        _, _, for_up, for_down = ctx.needs_input_grad[:4]
+        grads = grad.reshape(unit.shape)
+        _, for_norm, for_up, for_down = ctx.needs_input_grad[:4]
         d_down = multiply(grads.t(), active.t()) if for_down else None
         d_hidden = multiply(grads, down.t())
         _KERNELS[ctx.activation].backward(d_hidden, hidden)
-        d_up = multiply(d_hidden.t(), normed.t()) if for_up else None
-        d_rows, d_weight = _d_normed(rows, norm_weight, scales, multiply(d_hidden, up.t()), grads)
+        d_up, d_weight = _d_folded(d_hidden, unit, up, norm_weight, for_up, for_norm)
+        d_rows = _d_unit(unit, scales, multiply(d_hidden, (up * norm_weight).t()), grads)
         return d_rows.view(x.shape), d_weight, d_up, d_down, None, None
 
 
@@ -261,24 +278,25 @@ class _WithNorm(torch.autograd.Function):
 
 
 class _Projections(torch.autograd.Function):
-    """X itself and norm(x) W^T + b for some weights and biases."""
+    """X itself and norm(x) W^T + b for some weights and biases: one product with all weights, the norm's folded into them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *held: Tensor | None) -> tuple[Tensor, ...]:
-        normed, scales = _normed(x.reshape(-1, x.shape[-1]), norm_weight, eps)
-        found = []
-        for weight, bias in zip(held[::2], held[1::2], strict=True):
-            assert weight is not None
-            out = multiply(normed, weight)
-            found.append((out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x, norm_weight, scales, normed, *held)
+        unit, scales = _normed(x.reshape(-1, x.shape[-1]), None, eps)
+        weights = [weight for weight in held[::2] if weight is not None]
+        whole = multiply(unit, torch.cat(weights).mul_(norm_weight))
+        found = whole.view(*x.shape[:-1], -1).split([len(weight) for weight in weights], -1)
+        for out, bias in zip(found, held[1::2], strict=True):
+            if bias is not None:
+                out.add_(bias)
+        ctx.save_for_backward(x, norm_weight, scales, unit, *held)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         return x, *found
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, norm_weight, scales, normed, *held = ctx.saved_tensors
+        x, norm_weight, scales, unit, *held = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: of the formula itself
 
             def formula(x: Tensor, norm_weight: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
@@ -288,21 +306,31 @@ class _Projections(torch.autograd.Function):
             needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
             found = _by_formula(formula, (x, norm_weight, *held), needs, (d_x, *grads))
             return *found[:2], None, *found[2:]
-        d_normed, d_held = None, []
-        needs = ctx.needs_input_grad[3:]
+        d_unit, d_weight, d_held = None, None, []
+        _, for_norm, _, *needs = ctx.needs_input_grad
         for number, (grad, weight) in enumerate(zip(grads, held[::2], strict=True)):
             if grad is None:
                 d_held += [None, None]
                 continue
-            rows = grad.reshape(len(normed), -1)
-            d_held.append(multiply(rows.t(), normed.t()) if needs[2 * number] else None)
-            d_held.append(rows.sum(0) if needs[2 * number + 1] else None)
-            d_normed = multiply(rows, weight.t(), d_normed, adds=d_normed is not None)
-        if d_normed is None:
+            rows = grad.reshape(len(unit), -1)
+            d_projection, d_norm = _d_folded(rows, unit, weight, norm_weight, needs[2 * number], for_norm)
+            d_held += [d_projection, rows.sum(0) if needs[2 * number + 1] else None]
+            d_weight = d_norm if d_weight is None or d_norm is None else d_weight + d_norm
+            d_unit = multiply(rows, (weight * norm_weight).t(), d_unit, adds=d_unit is not None)
+        if d_unit is None:
             return d_x, None, None, *d_held
-        rows, added = x.reshape(-1, x.shape[-1]), None if d_x is None else d_x.reshape(-1, x.shape[-1])
-        d_rows, d_weight = _d_normed(rows, norm_weight, scales, d_normed, added)
+        d_rows = _d_unit(unit, scales, d_unit, None if d_x is None else d_x.reshape(unit.shape))
         return d_rows.view(x.shape), d_weight, None, *d_held
+
+
+def _d_folded(
+    grads: Tensor, unit: Tensor, weight: Tensor, norm_weight: Tensor, for_weight: bool, for_norm: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of W and of the norm's w in u (W w)^T, of the product's: of both, what u has to do with it is g^T u."""
+    if not for_weight and not for_norm:
+        return None, None
+    both = multiply(grads.t(), unit.t())
+    return both * norm_weight if for_weight else None, (both * weight).sum(0) if for_norm else None
 
 
 def _by_formula(
