@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from crossattention.retrieval import search as searching
-from crossattention.retrieval.search import Exclusion, IvfConfig, IvfIndex, Search, add_to_index, train_index
+from crossattention.retrieval.search import Exclusion, IvfConfig, IvfIndex, Search, add_to_index, train_index, tuned
 
 pytest.importorskip("faiss", reason="searches need faiss-cpu: pip install 'crossattention[retro]'")
-CONFIG = IvfConfig(lists=16, code_bytes=4, probes=8, candidates=64)
+CONFIG = IvfConfig(lists=16, code_bytes=4, probes=8, candidates=64, code_parts=8)
+OLD_CONFIG = IvfConfig(lists=16, code_bytes=4, probes=8, candidates=64)
 
 
 def clustered(count: int, dim: int = 16, clusters: int = 40, seed: int = 0) -> np.ndarray:
@@ -102,5 +103,42 @@ def test_what_does_not_fit_is_named(vectors, shards, tmp_path):
 
 
 def test_sizes_follow_the_number_and_the_width():
-    assert IvfConfig.of(1_000_000, 256) == IvfConfig(lists=2048, code_bytes=64)
-    assert IvfConfig.of(300, 384).lists == 7 and IvfConfig.of(300, 30).code_bytes == 6
+    assert IvfConfig.of(1_000_000, 256) == IvfConfig(lists=2048, code_bytes=64, code_parts=128)
+    assert IvfConfig.of(300, 384).lists == 7 and IvfConfig.of(300, 30) == IvfConfig(lists=7, code_bytes=8, code_parts=15)
+
+
+@pytest.mark.slow
+def test_an_index_of_an_older_database_is_read_and_added_to(vectors, tmp_path):
+    train_index(vectors, OLD_CONFIG, tmp_path / "trained")
+    add_to_index(tmp_path / "trained", vectors, 0, 1500, tmp_path / "index", lambda row: None)
+    held = {"lists": 16, "code_bytes": 4, "probes": 8, "candidates": 64, "shard_rows": 1 << 20}  # as it is written there
+    queries = clustered(200, seed=1)
+    _, truth = Search(vectors).nearest(queries, 10)
+    index = IvfIndex([tmp_path / "index"], IvfConfig(**held))
+    _, distances = Search(vectors, index).nearest(queries, 10)
+    assert (distances <= truth[:, -1:] * (1 + 1e-6)).mean() >= 0.95
+    assert tuned(index, vectors, lambda rows: Exclusion(lambda numbers, ids: ids == rows[numbers][:, None]))[1] >= 0.95
+
+
+@pytest.mark.parametrize(("spread", "least", "most"), [(0.02, 16, 16), (40.0, 17, 64)])
+@pytest.mark.slow
+def test_an_index_is_looked_into_as_far_as_its_vectors_need(spread, least, most, tmp_path):
+    random = np.random.default_rng(3)
+    centres = random.standard_normal((32, 16))
+    vectors = (np.repeat(centres, 125, 0) + spread * random.standard_normal((4000, 16))).astype(np.float16)
+    config = IvfConfig(lists=64, code_bytes=4, code_parts=8)
+    train_index(vectors, config, tmp_path / "trained")
+    add_to_index(tmp_path / "trained", vectors, 0, 4000, tmp_path / "index", lambda row: None)
+    index = IvfIndex([tmp_path / "index"], config)
+    group = np.arange(4000) // 5
+
+    def own(rows):
+        return Exclusion(lambda numbers, ids: group[ids] == group[rows[numbers]][:, None])
+
+    found, recall = tuned(index, vectors, own)
+    assert recall >= searching.RECALL and least <= found.probes <= most
+    rows = np.arange(0, 4000, 17)
+    queries = np.asarray(vectors[rows], np.float32)
+    _, truth = Search(vectors).nearest(queries, 10, exclusion=own(rows))
+    _, distances = Search(vectors, IvfIndex.of_parts(index, found)).nearest(queries, 10, exclusion=own(rows))
+    assert (distances <= truth[:, -1:] * (1 + 1e-6)).mean() >= searching.RECALL

@@ -36,7 +36,7 @@ class IndexArguments:
         same: pattern on document names: documents in which its groups find the same do not find each other; 'models/([^/]+)/'.
         text_field: field or column that holds the text; "text" where it is not given.
         pattern: what a file's name must match, as in a shell; '*.py'.
-        exact_below: chunks up to which searches look at every embedding; 50000 where it is not given.
+        exact_below: chunks up to which searches look at every embedding; 200,000 where it is not given.
         strict: end with an error where a file or document cannot be read.
         begin_again: drop what a stopped command has made so far; a finished database stays as it was before that command.
         json: print one JSON object in the place of the text.

@@ -51,7 +51,7 @@ from crossattention.retrieval.embed import (
     embedder_sha256,
 )
 from crossattention.retrieval.extras import need
-from crossattention.retrieval.search import IvfConfig, Search, add_to_index, train_index
+from crossattention.retrieval.search import IvfConfig, IvfIndex, Search, add_to_index, train_index, tuned
 from crossattention.retrieval.store import ArrayWriter, Extent, flush_folder, locked, new_file, read_json, sha256_of, write_json
 from crossattention.retrieval.tokenizer import load_tokenizer, pad_id_of, train_tokenizer
 
@@ -507,6 +507,19 @@ class _Build:
             )
             shards.append({"begin": begin, "end": end, **_file_facts(shard)})
             self._save()
+        if index.get("tuned_on") != total:
+            self._tune(index, vectors)
+
+    def _tune(self, index: dict[str, Any], vectors: np.ndarray) -> None:
+        """Measure how far the index has to be looked into, as the table will look: what belongs to a chunk's document left out."""
+        pairs = (array_of(self.path, self.state, name) for name in ("documents", "document_groups"))
+        documents, groups = (file.read(extent) for file, extent in pairs)
+        parts = IvfIndex([self.path / part["file"] for part in index["shards"]], IvfConfig(**index["config"]))
+        config, recall = tuned(
+            parts, vectors, lambda rows: exclusion_of(documents, groups, group=np.asarray(groups[documents[rows]]))
+        )
+        index.update(config=vars(config), tuned_on=len(vectors), recall=round(recall, 4))
+        self._save()
 
     def _neighbours(self) -> None:
         k = self.settings["neighbours"]
@@ -748,7 +761,7 @@ class _TableStep:
 
 
 def _is_exact(chunks: int, exact_below: int) -> bool:
-    """Whether searches look at every embedding; codes of 8 bits are trained on at least 256 of them."""
+    """Whether searches look at every embedding; parts and codes are found in at least 256 of them."""
     return chunks <= max(exact_below, 255)
 
 

@@ -12,7 +12,7 @@ Legend: q queries, k neighbours, d width, n stored embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +256,12 @@ class IvfConfig:
 
     Args:
         lists: parts that the space is divided into (IVF).
-        code_bytes: bytes that stand for an embedding inside a part (PQ, 8 bits each).
+        code_bytes: bytes that stand for an embedding inside a part (PQ).
         probes: parts that are looked into.
         candidates: how many of what stands there have their distance computed from the stored embedding, at first.
         shard_rows: embeddings in one file.
+        code_parts: stretches of an embedding that 4 bits each stand for; None, as in databases made before there were any, for
+            `code_bytes` of 8 bits.
     """
 
     lists: int
@@ -267,13 +269,14 @@ class IvfConfig:
     probes: int = 64
     candidates: int = 256
     shard_rows: int = 1 << 20
+    code_parts: int | None = None
 
     @classmethod
     def of(cls, rows: int, dim: int) -> IvfConfig:
-        """The sizes for so many embeddings of this width: some 2 sqrt(n) lists, a byte for each 4 numbers."""
+        """The sizes for so many embeddings of this width: some 2 sqrt(n) lists, 4 bits for each 2 numbers."""
         lists = 1 << max(0, round(np.log2(2 * max(1, rows) ** 0.5)))
-        code_bytes = next(size for size in range(max(1, dim // 4), 0, -1) if dim % size == 0)
-        return cls(lists=min(lists, max(1, rows // 39)), code_bytes=code_bytes)
+        parts = next(size for size in range(max(1, dim // 2), 0, -1) if dim % size == 0)
+        return cls(lists=min(lists, max(1, rows // 39)), code_bytes=(parts + 1) // 2, code_parts=parts)
 
 
 def train_index(vectors: np.ndarray, config: IvfConfig, path: Path) -> None:
@@ -286,7 +289,10 @@ def train_index(vectors: np.ndarray, config: IvfConfig, path: Path) -> None:
 
     dim = vectors.shape[1]
     quantizer = faiss.IndexFlatL2(dim)
-    index = faiss.IndexIVFPQ(quantizer, dim, config.lists, config.code_bytes, 8)
+    if config.code_parts is None:
+        index = faiss.IndexIVFPQ(quantizer, dim, config.lists, config.code_bytes, 8)
+    else:  # codes of 4 bits are looked up inside registers, some ten times as fast
+        index = faiss.IndexIVFPQFastScan(quantizer, dim, config.lists, config.code_parts, 4)
     index.cp.seed = index.pq.cp.seed = _SEED
     index.cp.max_points_per_centroid = 64
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warnings to stderr on small corpora
@@ -314,7 +320,7 @@ class IvfIndex:
     """The files of an approximate index, as one.
 
     Args:
-        paths: its files, each memory-mapped by FAISS.
+        paths: its files; those with codes of 8 bits are memory-mapped by FAISS, those with codes of 4 bits read.
         config: its sizes.
     """
 
@@ -329,6 +335,13 @@ class IvfIndex:
                 self._parts.append(faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY))
             except RuntimeError as error:
                 raise ValueError(f"{path} is damaged or no index of FAISS: {str(error).splitlines()[-1]}") from error
+
+    @classmethod
+    def of_parts(cls, index: IvfIndex, config: IvfConfig) -> IvfIndex:
+        """The same files, looked into by other sizes."""
+        found = cls((), config)
+        found._parts = index._parts
+        return found
 
     def candidates(self, probes: int | None = None) -> Candidates:
         """Candidates of all files."""
@@ -347,6 +360,58 @@ class IvfIndex:
             return np.take_along_axis(ids, order, 1)
 
         return find
+
+
+# ------------------------------------------------------------------------------------------------------------ how far to look
+
+RECALL, _AIMED_AT = 0.95, 0.96
+"""Of the ten nearest so many are to be found; so many of a sample's, which is off by about a hundredth."""
+
+_TUNED_ON, _TUNED_K = 256, 10
+_FEWEST_PROBES, _FEWEST_CANDIDATES, _MOST_CANDIDATES = 16, 128, 2048
+
+
+def tuned(index: IvfIndex, vectors: np.ndarray, excluded: Callable[[np.ndarray], Exclusion]) -> tuple[IvfConfig, float]:
+    """The sizes of an index with the fewest parts looked into, and then the fewest candidates, that find `RECALL` of the nearest.
+
+    Vectors in clusters need a few parts, those of n-grams, most of whose neighbours are hardly nearer than chance, half of all or
+    more; so the number is measured on a sample of the stored vectors, each with what it may not find excluded.
+
+    Args:
+        index: over all vectors.
+        vectors: (n, d) stored embeddings.
+        excluded: what stored rows (q,) may not find.
+
+    Returns:
+        The sizes, and the recall of the ten nearest with them on the sample.
+
+    Cost: looking at every vector for 256 queries, and some ten searches with the index.
+    """
+    rows = np.sort(np.random.default_rng(_SEED).choice(len(vectors), min(_TUNED_ON, len(vectors)), replace=False))
+    queries, exclusion = np.asarray(vectors[rows], np.float32), excluded(rows)
+    _, truth = exact_without(queries, np.arange(len(rows)), _TUNED_K, vectors, exclusion)
+    is_there = np.isfinite(truth)
+
+    def recall(config: IvfConfig) -> float:
+        _, found = Search(vectors, IvfIndex.of_parts(index, config)).nearest(queries, _TUNED_K, exclusion=exclusion)
+        limit = np.where(is_there, truth, -np.inf).max(1, keepdims=True)
+        return float((found <= limit * (1 + 1e-6) + 1e-6).sum() / max(1, is_there.sum()))
+
+    config = replace(index.config, probes=min(_FEWEST_PROBES, index.config.lists), candidates=512)
+    best = recall(config)
+    while best < _AIMED_AT and (config.probes < config.lists or config.candidates < _MOST_CANDIDATES):
+        if config.probes < config.lists:
+            config = replace(config, probes=min(config.lists, 2 * config.probes))
+        else:
+            config = replace(config, candidates=2 * config.candidates)
+        best = recall(config)
+    while config.candidates > _FEWEST_CANDIDATES:
+        fewer = replace(config, candidates=config.candidates // 2)
+        found = recall(fewer)
+        if found < min(best, _AIMED_AT):
+            break
+        config, best = fewer, found
+    return config, best
 
 
 def _write(index: Any, path: Path) -> None:
