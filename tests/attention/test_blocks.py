@@ -62,7 +62,7 @@ def masks(kind, n, m, dtype=torch.float64, z=3):
         "rows": (context, torch.randn(n, m, dtype=dtype)),
         "added": (None, added),
     }[kind]
-    return combine_masks(*given, None, m, dtype, torch.device("cpu"))
+    return combine_masks(*given, None, m, dtype)
 
 
 @pytest.mark.parametrize("cuts_", CUTS, ids=lambda c: "-".join(map(str, c)))
