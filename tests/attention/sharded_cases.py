@@ -37,7 +37,7 @@ def case(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("length",))
+    return init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),), mesh_dim_names=("length",))
 
 
 def near(found, wanted, what="", largest=1.0):
@@ -324,7 +324,7 @@ def a_mesh_of_batch_and_length():
     world = dist.get_world_size()
     if world != 4:
         return
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "length"))
+    both = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("batch", "length"))
     layer = make_layer()
     a, b = make_inputs(m=M)
     wanted = layer(a, b)
@@ -348,7 +348,7 @@ def a_mesh_of_batch_and_length():
 def batches_that_a_mesh_cannot_share_evenly():
     if dist.get_world_size() != 4:
         return
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "length"))
+    both = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("batch", "length"))
     for z in (1, 3, 5):
         for plan in (Plan(), Plan("context", "context")):
             torch.manual_seed(9)

@@ -428,7 +428,9 @@ class CrossAttention(nn.Module):
                 out = short.run(self, a, b, context_mask, way)
                 if out is not None:
                     return out
-            return self._attend(a, self._prepare(b, context_mask, context_positions, way.plan, stamped=False), attn_mask, query_positions)
+            return self._attend(
+                a, self._prepare(b, context_mask, context_positions, way.plan, stamped=False), attn_mask, query_positions
+            )
         of_context = {"context_mask": context_mask, "context_positions": context_positions}
         if is_ragged(a) or is_ragged(b):
             if is_sharded(b):

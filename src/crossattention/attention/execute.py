@@ -10,6 +10,7 @@ g key-value heads, s = h / g heads that share one, k/v head widths, c/w widths i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,7 +22,16 @@ from crossattention.attention.dropout import drawn_factors
 from crossattention.attention.fused import attend_fused, to_one_width, widen
 from crossattention.attention.learned import attend_learned, runs_learned
 from crossattention.attention.masks import ScoreMask
-from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
+from crossattention.attention.products import (
+    batched,
+    batched_into_float,
+    is_traced,
+    is_transformed,
+    linear,
+    multiplies_into_float,
+    project,
+    unrounded,
+)
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
 
@@ -144,6 +154,9 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
         return project(projection, b)
     assert isinstance(projection, nn.Linear)
     bias = None if projection.bias is None else projection.bias.float()
+    if multiplies_into_float(b, projection.weight):
+        product = batched_into_float(b.reshape(1, -1, b.shape[-1]), projection.weight.unsqueeze(0)).view(*b.shape[:-1], -1)
+        return product if bias is None else product + bias
     return F.linear(b.float(), projection.weight.float(), bias)
 
 
@@ -203,16 +216,16 @@ def join_key_bias(queries: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tens
     return torch.cat((queries, ones), -1), torch.cat((keys[..., :width], column), -1)
 
 
-def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
+def _by_group(heads_zhnk: Tensor, weight_gck: Tensor, product: Callable[[Tensor, Tensor], Tensor] = batched) -> Tensor:
     """Each head (z, h, n, k) times the weight (g, c, k) of its group, transposed: (z, h, n, c)."""
     z, heads, n, k = heads_zhnk.shape
     groups, width, _ = weight_gck.shape
     share = heads // groups
     if share == 1:
         single = heads_zhnk.transpose(0, 1).reshape(heads, z * n, k)
-        return batched(single, weight_gck).view(heads, z, n, width).transpose(0, 1)
+        return product(single, weight_gck).view(heads, z, n, width).transpose(0, 1)
     grouped = heads_zhnk.unflatten(1, (groups, share)).transpose(0, 1).reshape(groups, z * share * n, k)
-    return batched(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
+    return product(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
 
 
 def place_queries(layer: HasParts, queries: Tensor, positions: Tensor | None) -> Tensor:
@@ -285,12 +298,16 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
     """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
     mask = mask.joined()
     dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
-    queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
-    if not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers
-        scores = _explicit_scores(queries, keys * scale)
+    queries = widen(queries, keys.shape[-1])
+    is_ours = _is_for_no_gradient(queries, keys, mask)
+    if multiplies_into_float(queries, keys):
+        scores = _explicit_scores(queries, keys, batched_into_float)
+        scores = scores.mul_(scale) if is_ours else scores * scale
+    elif not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers
+        scores = _explicit_scores(queries.to(dtype), keys.to(dtype) * scale)
     else:
-        scores = _explicit_scores(queries * scale, keys)
-    if _is_for_no_gradient(queries, keys, mask):
+        scores = _explicit_scores(queries.to(dtype) * scale, keys.to(dtype))
+    if is_ours:
         return _softmax_in_place(scores, mask)
     if mask.tensor is not None:
         if mask.tensor.dtype == torch.bool:
@@ -350,7 +367,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return across.softmax(dim).permute(back)
 
 
-def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
+def _explicit_scores(queries: Tensor, keys: Tensor, product: Callable[[Tensor, Tensor], Tensor] = batched) -> Tensor:
     """(z, h, n, m). Where the context is short, as (z, h, m, n) in memory: softmax across rows beats that along short ones."""
     z, groups, m, width = keys.shape
     heads, n = queries.shape[1], queries.shape[2]
@@ -358,14 +375,14 @@ def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
     if heads == 1:  # one product for all groups, which share the queries
         left, right = queries[:, 0], keys.flatten(1, 2)
         if _is_narrow(m):
-            return batched(right, left).view(z, groups, m, n).transpose(2, 3)
-        return batched(left, right).view(z, n, groups, m).transpose(1, 2)
+            return product(right, left).view(z, groups, m, n).transpose(2, 3)
+        return product(left, right).view(z, n, groups, m).transpose(1, 2)
     share = heads // groups
     left, right = queries.reshape(z * groups, share * n, width), keys.flatten(0, 1)
     if _is_narrow(m) and (groups == 1 or share == 1):
-        across = batched(right, left).view(z, groups, m, share, n)
+        across = product(right, left).view(z, groups, m, share, n)
         return across.permute(0, 1, 3, 4, 2).flatten(1, 2)
-    return batched(left, right).view(z, heads, n, m)
+    return product(left, right).view(z, heads, n, m)
 
 
 def _is_narrow(context_length: int) -> bool:
@@ -399,11 +416,6 @@ def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (queries.shape[2] == 0 or keys.shape[2] == 0)
 
 
-def unrounded(tensor: Tensor) -> Tensor:
-    """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast where it is on; float64 stays."""
     kind = tensors[0].device.type
@@ -428,8 +440,8 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
             summed = summed.add_(bias.to(summed.dtype)) if is_ours else summed + bias.to(summed.dtype)
         return summed.to(dtype)
     if space == "context":
-        weight = unrounded(layer.v_proj.weight).view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
-        read = _by_group(unrounded(read), weight)
+        weight = layer.v_proj.weight.view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
+        read = _by_group(read, weight, batched_into_float)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
         read = read.to(dtype)

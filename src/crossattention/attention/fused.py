@@ -43,7 +43,7 @@ def _fits_as_it_is(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMas
     return (
         mask.tensor is None
         and mask.live is None
-        and queries.dtype in (torch.float32, torch.float64)
+        and (queries.dtype in (torch.float32, torch.float64) or queries.device.type == "cuda")
         and queries.shape[-1] == keys.shape[-1] == values.shape[-1]
         and queries.shape[:2] == keys.shape[:2] == values.shape[:2]
         and not torch.compiler.is_compiling()

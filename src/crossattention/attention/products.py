@@ -74,6 +74,60 @@ def _are_surely_small(x: Tensor, weights: Tensor) -> bool:
     return bool(2.0 * x.numel() * weights.shape[1] < x.shape[0] * speeds_of("cpu", "float32").quick_from)
 
 
+def batched_into_float(x: Tensor, weights: Tensor) -> Tensor:
+    """`batched`, with half precision's sums kept in float32: on CUDA from the matrix units, elsewhere by float32 products."""
+    if multiplies_into_float(x, weights):
+        product: Tensor = _IntoFloat.apply(x, weights)
+        return product
+    return batched(unrounded(x), unrounded(weights))
+
+
+def unrounded(tensor: Tensor) -> Tensor:
+    """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def multiplies_into_float(x: Tensor, weights: Tensor) -> bool:
+    """Whether products of half precision reach float32 without their operands written out in it: on CUDA, seen by nobody else.
+
+    Both ways round the same: what the matrix units multiply is exact in float32, and float32 is what they sum in.
+    """
+    return (
+        x.device.type == "cuda"
+        and x.dtype == weights.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and _keeps_float
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and type(weights) in _PLAIN
+        and not torch.is_autocast_enabled("cuda")
+        and not is_transformed()
+        and not is_traced()
+    )
+
+
+_keeps_float = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8 has it for CUDA, without a gradient
+
+
+class _IntoFloat(torch.autograd.Function):
+    """Products of half precision in float32; the gradient is rounded to half precision first, as a fused kernel rounds it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        return torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weights = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        for_x, for_weights = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weights) if for_x else None,
+            torch.bmm(grad.transpose(1, 2), x) if for_weights else None,
+        )
+
+
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """X (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and _is_large(x.shape[0], *weight.shape):

@@ -87,12 +87,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         ):
             return None
     weight, device, dtype = weights["weight"], a.device, a.dtype
-    if (
-        type(weight) not in _PLAIN
-        or not weight.dtype == dtype == b.dtype
-        or weight.device != device
-        or b.device != device
-    ):
+    if type(weight) not in _PLAIN or not weight.dtype == dtype == b.dtype or weight.device != device or b.device != device:
         return None
     given = layer._plan
     trains = given == "auto" and torch.is_grad_enabled() and (weight.requires_grad or layer._trains(b))
@@ -183,9 +178,7 @@ def run(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None
     return _textbook(layer, a, b, mask, live, is_small=way.is_small)
 
 
-def _textbook(
-    layer: CrossAttention, a: Tensor, b: Tensor, mask: Tensor | None, live: Tensor | None, *, is_small: bool
-) -> Tensor:
+def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, mask: Tensor | None, live: Tensor | None, *, is_small: bool) -> Tensor:
     """The textbook plan by plain projections, with as many key-value heads as heads and one head width."""
     z, m, _ = b.shape
     n, heads, width = a.shape[-2], layer.heads, layer.head_dim

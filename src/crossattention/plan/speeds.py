@@ -12,7 +12,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from crossattention.plan.devices import Speeds, built_in
@@ -106,8 +106,9 @@ def _device_and_dtype(path: str | os.PathLike[str], key: str) -> tuple[str, str]
 
 def _speeds_from(path: str | os.PathLike[str], key: str, values: dict[str, object]) -> Speeds:
     known = {field.name for field in fields(Speeds)}
-    if set(values) != known:
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+    missing = sorted(field.name for field in fields(Speeds) if field.default is MISSING and field.name not in values)
+    unknown = sorted(set(values) - known)
+    if missing or unknown:
         raise ValueError(
             f"{path}, {key}: constants missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
