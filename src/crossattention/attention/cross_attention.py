@@ -680,7 +680,7 @@ class CrossAttention(nn.Module):
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
             assert isinstance(a, Tensor) and isinstance(prepared, PreparedContext)
-            return short.attend_plainly(self, a, prepared.keys, prepared.values)
+            return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
         if not isinstance(prepared, PreparedContext | PreparedRagged | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
@@ -781,9 +781,9 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         if attn_mask is None and query_positions is None:
             if isinstance(a, Tensor) and self._is_plain_step(a, prepared):
-                return short.attend_plainly(self, a, prepared.keys, prepared.values)
+                return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
             if self._is_plain_read_of_b(a, prepared):
-                return short.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
+                return short.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel, prepared.mask)
         if isinstance(a, Tensor) and attn_mask is None and execute.learns_scores(self.positions):
             out = self._attend_by_distance(a, prepared, query_positions)
             if out is not None:
@@ -826,15 +826,15 @@ class CrossAttention(nn.Module):
         """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
         return (
             not torch.compiler.is_compiling()  # first: a graph must not ask for lengths
-            and prepared.mask is None
             and self.qk_norm is None
             and self.positions is None
             and self.kv_heads == self.heads
             and not (self.training and self.dropout)
-            and (a.dim() == 3 or type(a) is PreparedQueries)
-            and a.shape[-2] > 0
-            and prepared.keys.shape[2] > 0
-            and not torch.is_autocast_enabled(a.device.type)
+            and (a.dim() > 2 or type(a) is PreparedQueries)
+            and 0 not in a.shape
+            and 0 not in prepared.keys.shape
+            and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+            and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_transformed() or is_traced()))
         )
 
     def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
@@ -851,7 +851,7 @@ class CrossAttention(nn.Module):
             and self._is_plain(a, prepared)
             and self.head_dim == self.value_head_dim
             and a.shape[0] == keys.shape[0]
-            and a.shape[2] == self.query_dim
+            and a.shape[-1] == self.query_dim
             and weight is not None
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
@@ -859,13 +859,13 @@ class CrossAttention(nn.Module):
         )
 
     def _is_plain_read_of_b(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
-        """Whether a B that is kept as it is can be read in few steps, without gradients."""
+        """Whether a B that is kept as it is can be read in few steps."""
         plan = prepared.plan
         return (
             plan.scores == plan.values == "context"
             and plan.kernel != "blocked"
             and self._is_plain(a, prepared)
-            and not torch.is_grad_enabled()
+            and not _trains_in_half(prepared)
             and (a.dtype == prepared.keys.dtype if isinstance(a, Tensor) else a.queries.dtype == prepared.keys.dtype)
             and not is_transformed()
             and not is_traced()
@@ -1173,6 +1173,11 @@ class CrossAttention(nn.Module):
 
 _OWN_NAMES = ("forbidden", "_plan_of", "_prepare", "_attend")
 _OWN = (CrossAttention.forbidden, CrossAttention._plan_of, CrossAttention._prepare, CrossAttention._attend)
+
+
+def _trains_in_half(prepared: PreparedContext) -> bool:
+    """Whether a backward pass may follow in half precision, for which other kernels may be taken."""
+    return prepared.keys.dtype in short.HALF and torch.is_grad_enabled()
 
 
 # ------------------------------------------------------------------------------------------- construction, shared

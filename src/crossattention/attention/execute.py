@@ -38,7 +38,6 @@ from crossattention.plan.blocks import NARROW_ROW
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
     from crossattention.attention.parts import PositionPart, QueryKeyNorm
-    from crossattention.attention.prepared import PreparedQueries
 
 
 class HasParts(Protocol):

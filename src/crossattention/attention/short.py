@@ -11,7 +11,7 @@ Legend: z batch, n queries, m context length, b width of B, h heads, k/v head wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from crossattention.attention.prepared import PreparedQueries
 
 _PLAIN = (Tensor, nn.Parameter)
-_HALF = (torch.bfloat16, torch.float16)
-_NOTHING = ScoreMask(None, None)
+HALF = (torch.bfloat16, torch.float16)
+_MASKS = (type(None), Tensor)
 _MOST_WAYS = 8192
 
 
@@ -137,9 +137,9 @@ def _find(layer: CrossAttention, a: Tensor, b: Tensor) -> Way | None:
     )
     how: Literal["textbook", "context"] | None = None
     if layer.kv_heads == layer.heads:
-        if plan == TEXTBOOK and layer.head_dim == layer.value_head_dim and len(query_shape) < 4:
+        if plan == TEXTBOOK and layer.head_dim == layer.value_head_dim:
             how = "textbook"
-        elif plan.scores == plan.values == "context" and plan.kernel != "blocked" and len(query_shape) == 3:
+        elif plan.scores == plan.values == "context" and plan.kernel != "blocked":
             how = "context"
     return Way(plan, how, _is_small(layer, a.numel() // query_shape[-1], *context_shape[:2]) or not a.is_cpu, layer._plan)
 
@@ -159,117 +159,168 @@ def _is_small(layer: CrossAttention, rows: int, batch: int, context_length: int)
 
 def run(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None, way: Way) -> Tensor | None:
     """The output of a call by its short way, None where it has none."""
-    if way.how is None or (layer.training and layer.dropout):
+    if way.how is None or (layer.training and layer.dropout) or type(context_mask) not in _MASKS:
         return None
-    if way.how == "context":
-        if context_mask is not None or torch.is_grad_enabled():
-            return None
-        return attend_b_plainly(layer, a, b if b.stride(2) == 1 else b.contiguous(), way.plan.kernel, is_small=way.is_small)
-    live = mask = None
-    if context_mask is not None or a.dim() == 2:
-        if a.dtype in _HALF and torch.is_grad_enabled():  # on a CPU it may run in float32
-            return None
+    if (a.dim() != 3 or context_mask is not None or way.how == "context") and a.dtype in HALF and torch.is_grad_enabled():
+        return None  # on a CPU it may run in float32
     if context_mask is not None:
-        z, m = b.shape[:2]
-        check_context_mask(context_mask, z, m, b.device)
-        mask = context_mask.view(z, 1, 1, m)
-        if not b.is_cpu:  # other kernels may leave something in rows without a live key
-            live = context_mask.any(1).view(z, 1, 1, 1)
-    return _textbook(layer, a, b, mask, live, is_small=way.is_small)
+        check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
+    repeats = a.shape[1] if a.dim() == 4 else None
+    if repeats is not None:
+        a = a.flatten(1, 2)
+    if way.how == "textbook":
+        out = _textbook(layer, a, b, context_mask, is_small=way.is_small)
+    else:
+        a = a.unsqueeze(0) if a.dim() == 2 else a
+        b = b if b.stride(2) == 1 else b.contiguous()
+        out = attend_b_plainly(layer, a, b, way.plan.kernel, context_mask, is_small=way.is_small)
+    return out if repeats is None else out.unflatten(1, (repeats, -1))
 
 
-def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, mask: Tensor | None, live: Tensor | None, *, is_small: bool) -> Tensor:
+def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None, *, is_small: bool) -> Tensor:
     """The textbook plan by plain projections, with as many key-value heads as heads and one head width."""
     z, m, _ = b.shape
     n, heads, width = a.shape[-2], layer.heads, layer.head_dim
     modules, product = layer._modules, F.linear if is_small else linear
-    weights = modules["q_proj"]._parameters  # type: ignore[union-attr]
+    weights: dict[str, Any] = modules["q_proj"]._parameters  # type: ignore[union-attr]
     if a.dim() == 3:
-        queries = product(a, weights["weight"], weights["bias"]).view(z, n, heads, width).transpose(1, 2)  # type: ignore[arg-type]
+        queries = product(a, weights["weight"], weights["bias"]).view(z, n, heads, width).transpose(1, 2)
     else:
-        queries = product(a.unsqueeze(0), weights["weight"], weights["bias"])  # type: ignore[arg-type]
+        queries = product(a.unsqueeze(0), weights["weight"], weights["bias"])
         queries = queries.view(1, n, heads, width).transpose(1, 2).expand(z, -1, -1, -1)
     weights = modules["k_proj"]._parameters  # type: ignore[union-attr]
-    keys = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)  # type: ignore[arg-type]
+    keys = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
     weights = modules["v_proj"]._parameters  # type: ignore[union-attr]
-    values = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)  # type: ignore[arg-type]
-    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scale)
-    if live is not None:
-        read = read.masked_fill(~live, 0.0)
+    values = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
+    read = _fused(queries, keys, values, context_mask, layer.scale).transpose(1, 2).reshape(z, n, heads * width)
     weights = modules["out_proj"]._parameters  # type: ignore[union-attr]
-    return product(read.transpose(1, 2).reshape(z, n, heads * width), weights["weight"], weights["bias"])  # type: ignore[arg-type]
+    return product(read, weights["weight"], weights["bias"])
 
 
-def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
+    """Torch's kernel on queries (z, h, n, c), with zeros where an item's context is masked whole."""
+    if context_mask is None:
+        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    z, m = context_mask.shape
+    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=context_mask.view(z, 1, 1, m), scale=scale)
+    if read.is_cpu:
+        return read
+    return read.masked_fill(~context_mask.any(1).view(z, 1, 1, 1), 0.0)  # other kernels may leave something there
+
+
+def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None = None) -> Tensor:
+    """The textbook plan with no parts: the steps of `execute` without its questions, as decode steps are short."""
+    if a.dim() == 4:
+        return attend_plainly(layer, a.flatten(1, 2), keys, values, context_mask).unflatten(1, a.shape[1:3])
     z, n, _ = a.shape
     projections, width = layer._modules, layer.heads * layer.value_head_dim
     queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
     if n == 1:  # one row has the same layout by head as by position
         queries = queries.view(z, layer.heads, 1, layer.head_dim)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, width)
+        read = _fused(queries, keys, values, context_mask, layer.scale).reshape(z, 1, width)
     else:
         queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, width)
+        read = _fused(queries, keys, values, context_mask, layer.scale).transpose(1, 2).reshape(z, n, width)
     return project(projections["out_proj"], read)  # type: ignore[arg-type]
 
 
 def attend_b_plainly(
-    layer: CrossAttention, a: Tensor | PreparedQueries, b: Tensor, kernel: str, *, is_small: bool | None = None
+    layer: CrossAttention,
+    a: Tensor | PreparedQueries,
+    b: Tensor,
+    kernel: str,
+    context_mask: Tensor | None = None,
+    *,
+    is_small: bool | None = None,
 ) -> Tensor:
-    """The context+context plan for B (z, m, b) with no mask, parts or gradients: `execute` without `attend_heads`' questions.
+    """The context+context plan for B (z, m, b) without parts: `execute` without `attend_heads`' questions.
 
     Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
-    item, which read B together. They are written over: two megabytes that the system hands out anew take longer than their product.
+    item, which read B together. Without gradients they are written over: two megabytes that the system hands out anew take longer
+    than their product. `a` is (z or 1, n, a), or (z, r, n, a).
     """
+    if isinstance(a, Tensor) and a.dim() == 4:
+        out = attend_b_plainly(layer, a.flatten(1, 2), b, kernel, context_mask, is_small=is_small)
+        return out.unflatten(1, a.shape[1:3])
     z, m, width = b.shape
-    heads, modules, is_half = layer.heads, layer._modules, b.dtype in _HALF
+    heads, modules, is_half, trains = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
+    n = a.shape[1] if isinstance(a, Tensor) else a.queries.shape[2]
+    if is_small is None:
+        is_small = _is_small(layer, z * n, z, m)
     if isinstance(a, Tensor):
-        n = a.shape[1]
-        if is_small is None:
-            is_small = _is_small(layer, z * n, z, m)
-        queries = project(modules["q_proj"], a).reshape(z * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
-        weight = modules["k_proj"]._parameters["weight"].view(heads, layer.head_dim, width)  # type: ignore[union-attr]
+        items = a.shape[0]
+        queries = project(modules["q_proj"], a).reshape(items * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
+        weight, bias = _weight_and_bias(modules["k_proj"])
+        if trains and bias is not None and bias.requires_grad:
+            queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
+        weight = weight.view(heads, layer.head_dim, width)
         rows = torch.bmm(queries, weight) if is_small and heads > 1 else batched(queries, weight.transpose(1, 2))
-        rows = rows.view(heads, z, n, width).transpose(0, 1).reshape(z, heads * n, width)
+        rows = rows.view(heads, items, n, width).transpose(0, 1).reshape(items, heads * n, width)
     else:
-        n = a.queries.shape[2]
-        is_small = _is_small(layer, z * n, z, m) if is_small is None else is_small
-        rows = a.queries.reshape(-1, heads * n, width)
-        if kernel == "explicit" and not is_half:  # they are read again
-            rows = rows.expand(z, -1, -1).clone()
+        items, rows = 0, a.queries.reshape(-1, heads * n, width)
+    live = None if context_mask is None else context_mask.any(1)
+    if live is not None and live.is_cpu and bool(live.all()):
+        live = None
     if kernel == "fused":
         keys = b.unsqueeze(1)
-        read = F.scaled_dot_product_attention(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, scale=layer.scale)
+        read = _fused(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, context_mask, layer.scale)
     elif is_half:
         keys = b.unsqueeze(1)
-        queries = rows.view(-1, heads, n, width)
-        read = _explicit_values(explicit_weights(queries, keys, _NOTHING, layer.scale), keys, False)
+        pairs = None if context_mask is None else context_mask.view(z, 1, 1, m)
+        mask = ScoreMask(pairs, None if live is None else live.view(z, 1, 1, 1))
+        read = _explicit_values(explicit_weights(rows.view(-1, heads, n, width), keys, mask, layer.scale), keys, False)
     else:
-        read = _read_explicitly(rows, b, layer.scale, is_small)
+        is_ours = items == z and not trains
+        read = _read_explicitly(rows.expand(z, -1, -1), b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
     if is_half:
-        return finish(layer, "context", read.reshape(z, heads, n, width), None, b.dtype)
+        sums = None if live is None else live.view(z, 1, 1, 1)
+        return finish(layer, "context", read.reshape(z, heads, n, width), sums, b.dtype)
     read = read.reshape(z, heads, n, width).transpose(0, 1).reshape(heads, z * n, width)
-    held = modules["v_proj"]._parameters  # type: ignore[union-attr]
-    weight = held["weight"].view(heads, layer.value_head_dim, width)  # type: ignore[union-attr]
+    weight, bias = _weight_and_bias(modules["v_proj"])
+    weight = weight.view(heads, layer.value_head_dim, width)
     made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
-    if held["bias"] is not None:
-        made.add_(held["bias"].view(heads, 1, layer.value_head_dim))
+    if bias is not None:
+        bias = bias.view(heads, 1, layer.value_head_dim)
+        if live is not None:
+            bias = (bias.unsqueeze(1) * live.view(1, z, 1, 1)).expand(-1, -1, n, -1).reshape(made.shape)
+        made = made + bias if trains else made.add_(bias)
     made = made.transpose(0, 1).reshape(z, n, heads * layer.value_head_dim)
     return project(modules["out_proj"], made)  # type: ignore[arg-type]
 
 
-def _read_explicitly(rows: Tensor, b: Tensor, scale: float, is_small: bool) -> Tensor:
-    """What rows (z, r, b) read of B (z, m, b), written over them where that spares memory."""
-    m = b.shape[1]
-    if m <= NARROW_ROW:  # softmax across rows
-        rows.mul_(scale)
-        weights = torch.bmm(b, rows.transpose(1, 2)) if is_small else batched(b, rows)
-        weights = torch.softmax(weights, 1, out=weights).transpose(1, 2)
-        return torch.bmm(weights, b) if is_small else batched(weights, b.transpose(1, 2), out=rows)
-    if rows.shape[2] < m:  # scale the fewer numbers
-        rows.mul_(scale)
-        weights = batched(rows, b)
-    else:
-        weights = batched(rows, b).mul_(scale)
-    return batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2), out=rows)
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a projection; asked of a plain module's table, as its attributes take as long as a product."""
+    held = module._parameters
+    return (held["weight"], held["bias"]) if "weight" in held and "bias" in held else (module.weight, module.bias)
+
+
+def _read_explicitly(
+    rows: Tensor, b: Tensor, scale: float, context_mask: Tensor | None, live: Tensor | None, *, is_small: bool, is_ours: bool
+) -> Tensor:
+    """What rows (z, r, b) read of B (z, m, b), written over them where they are ours to write to.
+
+    Softmax runs across rows where the context is short; the fewer numbers are scaled.
+    """
+    z, m, width = b.shape
+    trains, is_narrow = torch.is_grad_enabled(), m <= NARROW_ROW
+    scales_rows = is_narrow or width < m
+    if scales_rows:
+        rows = rows.mul_(scale) if is_ours else rows * scale
+    left, right, dim = (b, rows, 1) if is_narrow else (rows, b, 2)
+    scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
+    if not scales_rows:
+        scores = scores * scale if trains else scores.mul_(scale)
+    if context_mask is not None:
+        forbidden = ~(context_mask.view(z, m, 1) if is_narrow else context_mask.view(z, 1, m))
+        scores = scores.masked_fill(forbidden, -torch.inf) if trains else scores.masked_fill_(forbidden, -torch.inf)
+    dead = None if live is None else ~live.view(z, 1, 1)
+    if dead is not None:  # a row of -inf alone would be NaN, forward and backward
+        scores = scores.masked_fill(dead, 0.0)
+    weights = torch.softmax(scores, dim) if trains else torch.softmax(scores, dim, out=scores)
+    if dead is not None:
+        weights = weights.masked_fill(dead, 0.0)
+    if is_narrow:
+        weights = weights.transpose(1, 2)
+    if is_small and z > 1:
+        return torch.bmm(weights, b)
+    return batched(weights, b.transpose(1, 2), out=rows if not trains and (is_ours or scales_rows) else None)
