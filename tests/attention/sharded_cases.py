@@ -49,7 +49,8 @@ def near(found, wanted, what="", largest=1.0):
     if wanted.numel():
         largest = max(largest, wanted.abs().max().item())
         worst = (found.double() - wanted.double()).abs().max().item() / largest
-        assert worst <= NEAR[wanted.dtype], f"{what}: {worst:.1e}"
+        allowed = NEAR[wanted.dtype] * (1 if wanted.device.type == "cpu" else 4)  # a GPU adds up in another order each time
+        assert worst <= allowed, f"{what}: {worst:.1e}"
 
 
 def own(lengths):
@@ -269,7 +270,7 @@ def half_precision_and_autocast():
     layer.float()
     wanted = layer.double()(a.double(), b.double())
     layer.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         plain = (layer(a, b).double() - wanted).abs().max()
         out = layer(a, as_shards(b))
         assert out.dtype == torch.bfloat16

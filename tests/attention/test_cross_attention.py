@@ -110,7 +110,10 @@ def test_a_large_query_bias_is_not_rounded_key_by_key(kernel, autocast):
             for plan in (Plan("query", "head", kernel), TEXTBOOK):
                 layer.plan = plan
                 used = layer.float() if autocast else layer
-                with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with (
+                    torch.set_grad_enabled(trains),
+                    torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast),
+                ):
                     out = used(a.float(), b.float()) if autocast else used(a, b)
                 errors.append((out.double() - expected).square().mean().sqrt().detach())
                 layer = layer.bfloat16()
@@ -525,7 +528,7 @@ def test_autocast_runs_every_plan_in_bfloat16_near_float32(plan):
     a, b = make_inputs(dtype=torch.float32)
     for mask in MASKS:
         masks = make_masks(mask, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             out = layer(a, b, **masks)
             prepared = layer.prepare(b, context_mask=masks.get("context_mask"))
             again = layer.attend(a, prepared, attn_mask=masks.get("attn_mask"))
@@ -720,7 +723,7 @@ def test_what_is_no_dense_tensor_is_refused_by_its_type():
 def test_a_context_prepared_under_autocast_is_refused_outside_of_it():
     layer = make_layer("textbook", dtype=torch.float32)
     a, b = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         prepared = layer.prepare(b)
     message = error_of(lambda: layer.attend(a, prepared))
     assert "the prepared context is torch.bfloat16 but the queries are torch.float32" in message and "torch.autocast" in message
@@ -730,7 +733,7 @@ def test_what_autocast_made_stays_in_its_dtype_and_is_refused_outside():
     a, b = make_inputs(dtype=torch.float32)
     for plan in CANDIDATES:
         layer = make_layer(plan, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             prepared = layer.prepare(b)
         assert prepared.keys.dtype == (torch.float32 if plan.scores == "context" else torch.bfloat16)
         assert prepared.values.dtype == (torch.float32 if plan.values == "context" else torch.bfloat16)

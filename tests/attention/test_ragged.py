@@ -408,7 +408,7 @@ def test_autocast_and_projections_of_other_kinds_are_taken() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.k_proj = nn.Sequential(layer.k_proj)
     a, b = items((2, 3), A, dtype=torch.float32), items((4, 6), B, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         for i, out in enumerate(layer(a, b)):
             assert out.dtype == torch.bfloat16
             assert_close(out, layer(a[i][None], b[i][None])[0])

@@ -95,7 +95,7 @@ def test_float32_and_half_precision(plan: Plan) -> None:
 
 def test_autocast_is_that_of_the_forward_pass_in_the_backward_pass() -> None:
     layer, (a, b) = make_layer(dtype=torch.float32), make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out, whole = layer.attend_blocks(a, in_blocks(b)), layer(a, b)
     assert out.dtype == torch.bfloat16
     for found, right in zip(grads(out, [*layer.parameters()]), grads(whole, [*layer.parameters()]), strict=True):

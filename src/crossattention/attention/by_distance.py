@@ -186,7 +186,7 @@ class _ByDistance(torch.autograd.Function):
         for block, kept in work.blocks(weights):
             q, k, v, g = (heads_first(tensor[block]) for tensor in (queries, keys, values, grad))
             placed, dq = _placed(q, bias), torch.empty_like(q, memory_format=torch.contiguous_format)
-            dk, dv = (torch.zeros(tensor.shape, dtype=q.dtype) for tensor in (k, v))
+            dk, dv = (torch.zeros(tensor.shape, dtype=q.dtype, device=q.device) for tensor in (k, v))
             for (begin, end, m), skew, w in zip(spans, work.skews, kept, strict=True):
                 gs, qs = g[:, begin:end], q[:, begin:end]
                 dv[:, :m].baddbmm_(w.transpose(1, 2), gs)
@@ -245,7 +245,7 @@ def _cut(scores: Tensor, span: tuple[int, int, int], layout: _Layout, mask: Tens
     begin, end, m = span
     if layout.is_causal and end - begin > 1:
         rows = end - begin
-        later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+        later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
         scores[:, :, m - rows :].masked_fill_(later, -math.inf)
     if mask is None:
         torch.softmax(scores, -1, out=scores)

@@ -725,6 +725,7 @@ class CrossAttention(nn.Module):
             blocks: tensors (z, m, b), or (m, b) where z is 1, each of any length; or pairs of one and a bool mask (z, m) or (m,),
                 True = may be attended. A generator, a list, or a file (`crossattention.data.row_files.RowFile`). The backward pass
                 reads them a second time, so an iterator, which can be read once, is taken only where no gradient is asked for.
+                Blocks on the CPU go to the queries' device one by one.
             progress: called after each block with the state, whose `.rows` and `.blocks` tell how far the pass is.
             state: an empty `BlocksState` that is brought up to date after each block; one of an interrupted pass, from which this
                 call goes on with the same blocks, after those that it has.
@@ -817,10 +818,14 @@ class CrossAttention(nn.Module):
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
 
     def _joins_key_bias(self, prepared: PreparedContext | PreparedRagged) -> bool:
-        """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained."""
+        """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained.
+
+        A GPU's kernels are quicker without any mask, and would round it to half precision.
+        """
         bias = prepared.key_bias
-        is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        return is_trained and prepared.plan.kernel != "explicit" and self.scale != 0.0
+        if bias is None or prepared.plan.kernel == "explicit" or self.scale == 0.0:
+            return False
+        return bias.device.type != "cpu" or (bias.requires_grad and torch.is_grad_enabled())
 
     def _is_plain(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
@@ -894,7 +899,7 @@ class CrossAttention(nn.Module):
             bias = added if bias is None else bias + added
         is_learned = bias is not None and prepared.key_bias is None and execute.learns_scores(self.positions)
         masks = (prepared.mask, attn_mask, bias, prepared.context_length)
-        return queries, combine_masks(*masks, queries.dtype, queries.device, is_learned=is_learned)
+        return queries, combine_masks(*masks, queries.dtype, is_learned=is_learned)
 
     def _ask(
         self, a: Tensor | PreparedQueries, prepared: PreparedContext, query_positions: Tensor | None

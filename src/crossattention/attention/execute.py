@@ -154,7 +154,9 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
     assert isinstance(projection, nn.Linear)
     bias = None if projection.bias is None else projection.bias.float()
     if multiplies_into_float(b, projection.weight):
-        product = batched_into_float(b.reshape(1, -1, b.shape[-1]), projection.weight.unsqueeze(0)).view(*b.shape[:-1], -1)
+        product = batched_into_float(b.reshape(1, -1, b.shape[-1]), projection.weight.unsqueeze(0)).view(
+            *b.shape[:-1], projection.weight.shape[0]
+        )
         return product if bias is None else product + bias
     return F.linear(b.float(), projection.weight.float(), bias)
 

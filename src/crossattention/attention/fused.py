@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossattention.attention.masks import ScoreMask
+from crossattention.attention.masks import ScoreMask, to_score_dtype
 
 _WIDENED_KEYS = 256
 """Keys up to which half precision trains in float32 on a CPU."""
@@ -71,6 +71,8 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale:
     else:
         # Four dimensions even where all but the last are broadcast: fused kernels know no others.
         queries = queries.expand(keys.shape[0], -1, -1, -1)
+        if tensor is not None and tensor.dtype not in (torch.bool, queries.dtype) and tensor.device.type != "cpu":
+            tensor = to_score_dtype(tensor, queries.dtype)  # kernels on a GPU take no mask of another dtype
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=tensor, scale=scale)
     if share > 1:
         out = out.unflatten(2, (share, -1)).flatten(1, 2)

@@ -365,7 +365,7 @@ class SelfAttention(nn.Module):
             else:
                 attn_mask = torch.where(causal, attn_mask, -torch.inf)
         is_learned = bias is not None and execute.learns_scores(self.positions)
-        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device, is_learned=is_learned)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype, is_learned=is_learned)
 
     def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)

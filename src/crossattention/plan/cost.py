@@ -278,11 +278,7 @@ class CostModel:
         weights = z * s.heads * n * m
         query_heads = 1 if plan.scores == "query" else s.heads
         elements = z * ((query_heads + s.heads) * n + m * (key_groups + value_groups)) * width
-        seconds = (
-            self._fused_on_gpu(rows, width, groups, plan.scores == "query")
-            if self.is_gpu
-            else self._fused_on_cpu(rows, width, groups)
-        )
+        seconds = self._fused_on_gpu(rows, width, groups) if self.is_gpu else self._fused_on_cpu(rows, width, groups)
         seconds += self._traffic_seconds(elements, z * s.heads * n * width) + (
             2 * self._traffic_seconds(elements) if s.trains else 0
         )
@@ -313,7 +309,7 @@ class CostModel:
         """Whether torch has no fused kernel on this GPU for heads so wide, as their rows are not aligned, and writes scores out."""
         return self.is_gpu and width % (16 // self._element) != 0 and width > min(self.speeds.fused_widest, 256)
 
-    def _fused_on_gpu(self, rows: int, width: int, groups: int, is_biased: bool) -> float:
+    def _fused_on_gpu(self, rows: int, width: int, groups: int) -> float:
         """Blocks of 64 queries, full or not, go through the whole context: few of them leave most of a GPU idle.
 
         One block takes the time that its key blocks wait for each other; all together, that of their arithmetic. Wide heads are
@@ -322,8 +318,6 @@ class CostModel:
         """
         s, speeds, m = self.sizes, self.speeds, self.m
         slower = speeds.fused_wide if width > speeds.fused_widest else 1.0
-        if is_biased:  # the extra score of each key is a mask, which the quicker kernel does not take
-            slower = 2 * speeds.fused_wide
         one = slower * 4.0 * 64 * m * width * (1 + speeds.fused_width / width) * speeds.threads / speeds.fused_flops
         tasks = self.z * groups * ceil(rows / 64)
         waits = slower * m / 512 * speeds.fused_block + 0.6 * one
