@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from crossattention.attention import execute
+from crossattention.attention import execute, short
 from crossattention.attention.by_distance import attend_by_distance, runs_by_distance
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
@@ -37,7 +37,6 @@ from crossattention.attention.sequences import check_is_tensor as check_is_tenso
 from crossattention.attention.sharded import RAGGED_ON_SHARDS, PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.attention.streamed import BlocksState, attend_streamed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
-from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -381,6 +380,14 @@ class CrossAttention(nn.Module):
             return False
         return b.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
+    def _runs_its_own(self) -> bool:
+        """Whether a call runs through this class's own methods: recordings put others in their place, and subclasses may."""
+        own = type(self)
+        return (
+            self.__dict__.keys().isdisjoint(_OWN_NAMES)
+            and (own.forbidden, own._plan_of, own._prepare, own._attend) == _OWN  # methods of classes compare by identity
+        )
+
     # ------------------------------------------------------------------------------------------------- running
 
     def forward(
@@ -415,6 +422,15 @@ class CrossAttention(nn.Module):
 
         Cost: see `plan_for`.
         """
+        if not torch.compiler.is_compiling() and self._runs_its_own() and (way := short.way_of(self, a, b)) is not None:
+            assert isinstance(a, Tensor) and isinstance(b, Tensor)
+            if attn_mask is None and query_positions is None and context_positions is None:
+                out = short.run(self, a, b, context_mask, way)
+                if out is not None:
+                    return out
+            return self._attend(
+                a, self._prepare(b, context_mask, context_positions, way.plan, stamped=False), attn_mask, query_positions
+            )
         of_context = {"context_mask": context_mask, "context_positions": context_positions}
         if is_ragged(a) or is_ragged(b):
             if is_sharded(b):
@@ -432,8 +448,7 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            out: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
-            return out
+            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -665,7 +680,7 @@ class CrossAttention(nn.Module):
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
             assert isinstance(a, Tensor) and isinstance(prepared, PreparedContext)
-            return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+            return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
         if not isinstance(prepared, PreparedContext | PreparedRagged | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
@@ -767,9 +782,9 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         if attn_mask is None and query_positions is None:
             if isinstance(a, Tensor) and self._is_plain_step(a, prepared):
-                return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+                return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
             if self._is_plain_read_of_b(a, prepared):
-                return execute.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
+                return short.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel, prepared.mask)
         if isinstance(a, Tensor) and attn_mask is None and execute.learns_scores(self.positions):
             out = self._attend_by_distance(a, prepared, query_positions)
             if out is not None:
@@ -816,15 +831,15 @@ class CrossAttention(nn.Module):
         """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
         return (
             not torch.compiler.is_compiling()  # first: a graph must not ask for lengths
-            and prepared.mask is None
             and self.qk_norm is None
             and self.positions is None
             and self.kv_heads == self.heads
             and not (self.training and self.dropout)
-            and (a.dim() == 3 or type(a) is PreparedQueries)
-            and a.shape[-2] > 0
-            and prepared.keys.shape[2] > 0
-            and not torch.is_autocast_enabled(a.device.type)
+            and (a.dim() > 2 or type(a) is PreparedQueries)
+            and 0 not in a.shape
+            and 0 not in prepared.keys.shape
+            and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+            and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_transformed() or is_traced()))
         )
 
     def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
@@ -841,7 +856,7 @@ class CrossAttention(nn.Module):
             and self._is_plain(a, prepared)
             and self.head_dim == self.value_head_dim
             and a.shape[0] == keys.shape[0]
-            and a.shape[2] == self.query_dim
+            and a.shape[-1] == self.query_dim
             and weight is not None
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
@@ -849,15 +864,13 @@ class CrossAttention(nn.Module):
         )
 
     def _is_plain_read_of_b(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
-        """Whether a B that is kept as it is can be read in few steps, without gradients."""
+        """Whether a B that is kept as it is can be read in few steps."""
         plan = prepared.plan
         return (
             plan.scores == plan.values == "context"
             and plan.kernel != "blocked"
             and self._is_plain(a, prepared)
-            and (plan.kernel == "fused" or prepared.keys.shape[2] > NARROW_ROW)
-            and not torch.is_grad_enabled()
-            and prepared.keys.dtype in (torch.float32, torch.float64)
+            and not _trains_in_half(prepared)
             and (a.dtype == prepared.keys.dtype if isinstance(a, Tensor) else a.queries.dtype == prepared.keys.dtype)
             and not is_transformed()
             and not is_traced()
@@ -1161,6 +1174,15 @@ class CrossAttention(nn.Module):
             f"query_dim={self.query_dim}, context_dim={self.context_dim}, heads={self.heads}, head_dim={self.head_dim}"
             f"{values}{groups}{out}{plan}"
         )
+
+
+_OWN_NAMES = ("forbidden", "_plan_of", "_prepare", "_attend")
+_OWN = (CrossAttention.forbidden, CrossAttention._plan_of, CrossAttention._prepare, CrossAttention._attend)
+
+
+def _trains_in_half(prepared: PreparedContext) -> bool:
+    """Whether a backward pass may follow in half precision, for which other kernels may be taken."""
+    return prepared.keys.dtype in short.HALF and torch.is_grad_enabled()
 
 
 # ------------------------------------------------------------------------------------------- construction, shared

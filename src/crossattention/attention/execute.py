@@ -38,7 +38,6 @@ from crossattention.plan.blocks import NARROW_ROW
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
     from crossattention.attention.parts import PositionPart, QueryKeyNorm
-    from crossattention.attention.prepared import PreparedQueries
 
 
 class HasParts(Protocol):
@@ -494,45 +493,6 @@ def execute(
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
     return finish(layer, plan.values, read[..., :width], row_sums, to_autocast_dtype(values)[0].dtype)
-
-
-def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
-    z, n, _ = a.shape
-    projections, width = layer._modules, layer.heads * layer.value_head_dim
-    queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
-    if n == 1:  # one row has the same layout by head as by position
-        queries = queries.view(z, layer.heads, 1, layer.head_dim)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, width)
-    else:
-        queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, width)
-    return project(projections["out_proj"], read)  # type: ignore[arg-type]
-
-
-def attend_b_plainly(layer: CrossAttention, a: Tensor | PreparedQueries, b: Tensor, kernel: str) -> Tensor:
-    """The context+context plan for B (z, m, b) with no mask, parts or gradients: `execute` without `attend_heads`' questions.
-
-    Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
-    item, which read B together. They are written over: two megabytes that the system hands out anew take longer than their product.
-    """
-    z, is_made = b.shape[0], isinstance(a, Tensor)
-    queries = make_queries(layer, "context", a, None)[0] if isinstance(a, Tensor) else a.queries
-    n = queries.shape[2]
-    rows = queries.reshape(-1, layer.heads * n, b.shape[2])
-    if kernel == "fused":
-        keys = b.unsqueeze(1)
-        read = F.scaled_dot_product_attention(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, scale=layer.scale)
-    else:
-        if not is_made:  # they are read again
-            rows = rows.expand(z, -1, -1).clone()
-        if rows.shape[2] < b.shape[1]:  # scale the fewer numbers
-            rows.mul_(layer.scale)
-            weights = batched(rows, b)
-        else:
-            weights = batched(rows, b).mul_(layer.scale)
-        read = batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2), out=rows)
-    return finish(layer, "context", read.reshape(z, layer.heads, n, b.shape[2]), None, b.dtype)
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

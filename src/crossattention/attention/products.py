@@ -56,6 +56,10 @@ def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     Few large ones are taken one by one, by the quicker library; many small ones in one call. `out` is memory that may be written
     to, where no gradient is asked for: what is returned lies there or elsewhere.
     """
+    if not torch.compiler.is_compiling() and _are_surely_small(x, weights):  # first, as the slices below take as long as a product
+        if x.shape[0] == 1 and out is None:
+            return F.linear(x[0], weights[0]).unsqueeze(0)
+        return torch.bmm(x, weights.transpose(1, 2)) if out is None else torch.bmm(x, weights.transpose(1, 2), out=out)
     if out is not None and not _is_quick(x[0], weights[0]):
         return torch.bmm(x, weights.transpose(1, 2), out=out)
     if x.shape[0] == 1:
@@ -63,6 +67,11 @@ def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling() and x.shape[0] and _is_quick(x[0], weights[0]):
         return torch.stack([linear(one, weight) for one, weight in zip(x.unbind(), weights.unbind(), strict=True)])
     return torch.bmm(x, weights.transpose(1, 2))
+
+
+def _are_surely_small(x: Tensor, weights: Tensor) -> bool:
+    """Whether each of some products is too small for the quicker library; of none at all, False."""
+    return bool(2.0 * x.numel() * weights.shape[1] < x.shape[0] * speeds_of("cpu", "float32").quick_from)
 
 
 def batched_into_float(x: Tensor, weights: Tensor) -> Tensor:

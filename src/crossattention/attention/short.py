@@ -1,0 +1,326 @@
+"""The short ways: calls that ask for the products of a plan and for nothing beside them, without the questions of the long way.
+
+Torch takes some sixty microseconds for attention of a few rows, and on a GPU a call takes what its Python takes, so each question
+shows. All that the border asks about sizes, and the plan, are kept as a `Way` for each kind of call, found by one look-up; what may
+change between two calls of a kind (hooks, weights, modes) is asked each time.
+
+Nothing is refused here. What is not known to be plain goes the long way, which names what is wrong.
+
+Legend: z batch, n queries, m context length, b width of B, h heads, k/v head widths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from crossattention.attention.execute import _explicit_values, explicit_weights, finish
+from crossattention.attention.masks import ScoreMask, check_context_mask
+from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
+from crossattention.plan import TEXTBOOK, Plan, speeds
+from crossattention.plan.blocks import NARROW_ROW
+from crossattention.plan.sizes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from crossattention.attention.cross_attention import CrossAttention
+    from crossattention.attention.prepared import PreparedQueries
+
+_PLAIN = (Tensor, nn.Parameter)
+HALF = (torch.bfloat16, torch.float16)
+_MASKS = (type(None), Tensor)
+_MOST_WAYS = 8192
+
+
+class Way(NamedTuple):
+    """What is known of a kind of call whose sizes passed the border's checks.
+
+    Args:
+        plan: the plan that the layer runs.
+        how: the short way that takes it where nothing is asked for beside it; None for none.
+        is_small: whether every product is too small for the quicker library.
+        given: the layer's `plan`, kept so that its address stays its own.
+    """
+
+    plan: Plan
+    how: Literal["textbook", "context"] | None
+    is_small: bool
+    given: object
+
+
+_ways: dict[tuple[object, ...], Way] = {}
+
+
+def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
+    """The way of a call that is in order and runs in plain modules, outside of graphs, transforms and autocast; None for others."""
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        return None
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    if (
+        layer.qk_norm is not None
+        or layer.positions is not None
+        or a.is_nested
+        or b.is_nested
+        or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+        or is_transformed()
+        or is_traced()
+        or torch_module._has_any_global_hook()
+    ):
+        return None
+    modules = layer._modules
+    for name in ("k_proj", "v_proj", "out_proj", "q_proj"):
+        module = modules.get(name)
+        if type(module) is not nn.Linear:
+            return None
+        held = module.__dict__
+        weights = held["_parameters"]
+        if (
+            "weight" not in weights
+            or "forward" in held
+            or held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):
+            return None
+    weight, device, dtype = weights["weight"], a.device, a.dtype
+    if type(weight) not in _PLAIN or not weight.dtype == dtype == b.dtype or weight.device != device or b.device != device:
+        return None
+    given = layer._plan
+    trains = given == "auto" and torch.is_grad_enabled() and (weight.requires_grad or layer._trains(b))
+    key = (
+        a.shape,
+        b.shape,
+        layer.query_dim,
+        layer.context_dim,
+        layer.heads,
+        layer.kv_heads,
+        layer.head_dim,
+        layer.value_head_dim,
+        layer.out_dim,
+        dtype,
+        device,
+        given if type(given) is str else id(given),
+        trains,
+        torch.get_num_threads(),
+        speeds.generation,
+    )
+    way = _ways.get(key)
+    if way is None:
+        way = _find(layer, a, b)
+        if way is not None:
+            if len(_ways) >= _MOST_WAYS:
+                _ways.clear()
+            _ways[key] = way
+    return way
+
+
+def _find(layer: CrossAttention, a: Tensor, b: Tensor) -> Way | None:
+    """The way of a call of plain modules if its sizes are in order and no side is empty."""
+    query_shape, context_shape = tuple(a.shape), tuple(b.shape)
+    if (
+        len(query_shape) not in (2, 3, 4)
+        or len(context_shape) != 3
+        or (query_shape[-1], context_shape[2]) != (layer.query_dim, layer.context_dim)
+        or (len(query_shape) > 2 and query_shape[0] != context_shape[0])
+        or 0 in query_shape
+        or 0 in context_shape
+        or a.device.type == "meta"
+        or str(a.dtype).removeprefix("torch.") not in DTYPE_BYTES
+    ):
+        return None
+    plan = layer._plan_of(
+        b, query_shape[-2], query_shape[1] if len(query_shape) == 4 else None, 1, shares_queries=len(query_shape) == 2
+    )
+    how: Literal["textbook", "context"] | None = None
+    if layer.kv_heads == layer.heads:
+        if plan == TEXTBOOK and layer.head_dim == layer.value_head_dim:
+            how = "textbook"
+        elif plan.scores == plan.values == "context" and plan.kernel != "blocked":
+            how = "context"
+    return Way(plan, how, _is_small(layer, a.numel() // query_shape[-1], *context_shape[:2]) or not a.is_cpu, layer._plan)
+
+
+def _is_small(layer: CrossAttention, rows: int, batch: int, context_length: int) -> bool:
+    """Whether no product of these short ways with so many rows of A is large enough for the quicker library."""
+    most = speeds.speeds_of("cpu", "float32").quick_from
+    if most == float("inf"):
+        return True
+    keys, values = layer.heads * layer.head_dim, layer.heads * layer.value_head_dim
+    made = batch * context_length * layer.context_dim * max(keys, values)
+    asked = rows * max(layer.query_dim * keys, layer.out_dim * values)
+    # In context+context all heads of an item read B in one product, and each head's rows are absorbed in one.
+    read = rows * max(layer.heads * context_length, layer.head_dim, layer.value_head_dim) * layer.context_dim
+    return 2.0 * max(made, asked, read) < most
+
+
+def run(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None, way: Way) -> Tensor | None:
+    """The output of a call by its short way, None where it has none."""
+    if way.how is None or (layer.training and layer.dropout) or type(context_mask) not in _MASKS:
+        return None
+    if (a.dim() != 3 or context_mask is not None or way.how == "context") and a.dtype in HALF and torch.is_grad_enabled():
+        return None  # on a CPU it may run in float32
+    if context_mask is not None:
+        check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
+    repeats = a.shape[1] if a.dim() == 4 else None
+    if repeats is not None:
+        a = a.flatten(1, 2)
+    if way.how == "textbook":
+        out = _textbook(layer, a, b, context_mask, is_small=way.is_small)
+    else:
+        a = a.unsqueeze(0) if a.dim() == 2 else a
+        b = b if b.stride(2) == 1 else b.contiguous()
+        out = attend_b_plainly(layer, a, b, way.plan.kernel, context_mask, is_small=way.is_small)
+    return out if repeats is None else out.unflatten(1, (repeats, -1))
+
+
+def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None, *, is_small: bool) -> Tensor:
+    """The textbook plan by plain projections, with as many key-value heads as heads and one head width."""
+    z, m, _ = b.shape
+    n, heads, width = a.shape[-2], layer.heads, layer.head_dim
+    modules, product = layer._modules, F.linear if is_small else linear
+    weights: dict[str, Any] = modules["q_proj"]._parameters  # type: ignore[union-attr]
+    if a.dim() == 3:
+        queries = product(a, weights["weight"], weights["bias"]).view(z, n, heads, width).transpose(1, 2)
+    else:
+        queries = product(a.unsqueeze(0), weights["weight"], weights["bias"])
+        queries = queries.view(1, n, heads, width).transpose(1, 2).expand(z, -1, -1, -1)
+    weights = modules["k_proj"]._parameters  # type: ignore[union-attr]
+    keys = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
+    weights = modules["v_proj"]._parameters  # type: ignore[union-attr]
+    values = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
+    read = _fused(queries, keys, values, context_mask, layer.scale).transpose(1, 2).reshape(z, n, heads * width)
+    weights = modules["out_proj"]._parameters  # type: ignore[union-attr]
+    return product(read, weights["weight"], weights["bias"])
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
+    """Torch's kernel on queries (z, h, n, c), with zeros where an item's context is masked whole."""
+    if context_mask is None:
+        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    z, m = context_mask.shape
+    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=context_mask.view(z, 1, 1, m), scale=scale)
+    if read.is_cpu:
+        return read
+    return read.masked_fill(~context_mask.any(1).view(z, 1, 1, 1), 0.0)  # other kernels may leave something there
+
+
+def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None = None) -> Tensor:
+    """The textbook plan with no parts: the steps of `execute` without its questions, as decode steps are short."""
+    if a.dim() == 4:
+        return attend_plainly(layer, a.flatten(1, 2), keys, values, context_mask).unflatten(1, a.shape[1:3])
+    z, n, _ = a.shape
+    projections, width = layer._modules, layer.heads * layer.value_head_dim
+    queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
+    if n == 1:  # one row has the same layout by head as by position
+        queries = queries.view(z, layer.heads, 1, layer.head_dim)
+        read = _fused(queries, keys, values, context_mask, layer.scale).reshape(z, 1, width)
+    else:
+        queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
+        read = _fused(queries, keys, values, context_mask, layer.scale).transpose(1, 2).reshape(z, n, width)
+    return project(projections["out_proj"], read)  # type: ignore[arg-type]
+
+
+def attend_b_plainly(
+    layer: CrossAttention,
+    a: Tensor | PreparedQueries,
+    b: Tensor,
+    kernel: str,
+    context_mask: Tensor | None = None,
+    *,
+    is_small: bool | None = None,
+) -> Tensor:
+    """The context+context plan for B (z, m, b) without parts: `execute` without `attend_heads`' questions.
+
+    Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
+    item, which read B together. Without gradients they are written over: two megabytes that the system hands out anew take longer
+    than their product. `a` is (z or 1, n, a), or (z, r, n, a).
+    """
+    if isinstance(a, Tensor) and a.dim() == 4:
+        out = attend_b_plainly(layer, a.flatten(1, 2), b, kernel, context_mask, is_small=is_small)
+        return out.unflatten(1, a.shape[1:3])
+    z, m, width = b.shape
+    heads, modules, is_half, trains = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
+    n = a.shape[1] if isinstance(a, Tensor) else a.queries.shape[2]
+    if is_small is None:
+        is_small = _is_small(layer, z * n, z, m)
+    if isinstance(a, Tensor):
+        items = a.shape[0]
+        queries = project(modules["q_proj"], a).reshape(items * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
+        weight, bias = _weight_and_bias(modules["k_proj"])
+        if trains and bias is not None and bias.requires_grad:
+            queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
+        weight = weight.view(heads, layer.head_dim, width)
+        rows = torch.bmm(queries, weight) if is_small and heads > 1 else batched(queries, weight.transpose(1, 2))
+        rows = rows.view(heads, items, n, width).transpose(0, 1).reshape(items, heads * n, width)
+    else:
+        items, rows = 0, a.queries.reshape(-1, heads * n, width)
+    live = None if context_mask is None else context_mask.any(1)
+    if live is not None and live.is_cpu and bool(live.all()):
+        live = None
+    if kernel == "fused":
+        keys = b.unsqueeze(1)
+        read = _fused(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, context_mask, layer.scale)
+    elif is_half:
+        keys = b.unsqueeze(1)
+        pairs = None if context_mask is None else context_mask.view(z, 1, 1, m)
+        mask = ScoreMask(pairs, None if live is None else live.view(z, 1, 1, 1))
+        read = _explicit_values(explicit_weights(rows.view(-1, heads, n, width), keys, mask, layer.scale), keys, False)
+    else:
+        is_ours = items == z and not trains
+        read = _read_explicitly(rows.expand(z, -1, -1), b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
+    if is_half:
+        sums = None if live is None else live.view(z, 1, 1, 1)
+        return finish(layer, "context", read.reshape(z, heads, n, width), sums, b.dtype)
+    read = read.reshape(z, heads, n, width).transpose(0, 1).reshape(heads, z * n, width)
+    weight, bias = _weight_and_bias(modules["v_proj"])
+    weight = weight.view(heads, layer.value_head_dim, width)
+    made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
+    if bias is not None:
+        bias = bias.view(heads, 1, layer.value_head_dim)
+        if live is not None:
+            bias = (bias.unsqueeze(1) * live.view(1, z, 1, 1)).expand(-1, -1, n, -1).reshape(made.shape)
+        made = made + bias if trains else made.add_(bias)
+    made = made.transpose(0, 1).reshape(z, n, heads * layer.value_head_dim)
+    return project(modules["out_proj"], made)  # type: ignore[arg-type]
+
+
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a projection; asked of a plain module's table, as its attributes take as long as a product."""
+    held = module._parameters
+    return (held["weight"], held["bias"]) if "weight" in held and "bias" in held else (module.weight, module.bias)
+
+
+def _read_explicitly(
+    rows: Tensor, b: Tensor, scale: float, context_mask: Tensor | None, live: Tensor | None, *, is_small: bool, is_ours: bool
+) -> Tensor:
+    """What rows (z, r, b) read of B (z, m, b), written over them where they are ours to write to.
+
+    Softmax runs across rows where the context is short; the fewer numbers are scaled.
+    """
+    z, m, width = b.shape
+    trains, is_narrow = torch.is_grad_enabled(), m <= NARROW_ROW
+    scales_rows = is_narrow or width < m
+    if scales_rows:
+        rows = rows.mul_(scale) if is_ours else rows * scale
+    left, right, dim = (b, rows, 1) if is_narrow else (rows, b, 2)
+    scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
+    if not scales_rows:
+        scores = scores * scale if trains else scores.mul_(scale)
+    if context_mask is not None:
+        forbidden = ~(context_mask.view(z, m, 1) if is_narrow else context_mask.view(z, 1, m))
+        scores = scores.masked_fill(forbidden, -torch.inf) if trains else scores.masked_fill_(forbidden, -torch.inf)
+    dead = None if live is None else ~live.view(z, 1, 1)
+    if dead is not None:  # a row of -inf alone would be NaN, forward and backward
+        scores = scores.masked_fill(dead, 0.0)
+    weights = torch.softmax(scores, dim) if trains else torch.softmax(scores, dim, out=scores)
+    if dead is not None:
+        weights = weights.masked_fill(dead, 0.0)
+    if is_narrow:
+        weights = weights.transpose(1, 2)
+    if is_small and z > 1:
+        return torch.bmm(weights, b)
+    return batched(weights, b.transpose(1, 2), out=rows if not trains and (is_ours or scales_rows) else None)
