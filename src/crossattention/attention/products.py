@@ -77,6 +77,8 @@ def _are_surely_small(x: Tensor, weights: Tensor) -> bool:
 def batched_into_float(x: Tensor, weights: Tensor) -> Tensor:
     """`batched`, with half precision's sums kept in float32: on CUDA from the matrix units, elsewhere by float32 products."""
     if multiplies_into_float(x, weights):
+        if not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
+            return torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
         product: Tensor = _IntoFloat.apply(x, weights)
         return product
     return batched(unrounded(x), unrounded(weights))

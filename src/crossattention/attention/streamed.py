@@ -119,7 +119,7 @@ class BlocksState:
                 told = file.metadata() or {}
                 state = cls()
                 state.digest = told["digest"]
-                partial = Partial(file.get_tensor("output"), file.get_tensor("lse"))
+                partial = Partial(file.get_tensor("output"), file.get_tensor("lse"))  # on the CPU, until a call goes on with it
                 state._done = (partial, int(told["blocks"]), int(told["rows"]))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no state of attend_blocks, or is damaged: {str(error).splitlines()[0]}") from None
@@ -346,6 +346,9 @@ class Stream:
         self, state: BlocksState, progress: Callable[[BlocksState], object] | None, queries: Tensor, projected: Any
     ) -> Partial:
         """Read the blocks that the state lacks; the merged result of all."""
+        if state._done is not None:  # of a file, it lies on the CPU
+            partial, *place = state._done
+            state._done = (Partial(partial.output.to(queries.device), partial.lse.to(queries.device)), *place)
         for block, mask in self.read_from(state.blocks, state.rows):
             merged, rows = state.partial, state.rows
             part = self.part(block, mask, rows, projected)

@@ -22,12 +22,13 @@ from crossattention.plan.speeds import speeds_of
 
 
 class Step(NamedTuple):
-    """One step of a plan: its name, FLOPs, elements moved to and from memory, and estimated seconds."""
+    """One step of a plan: name, FLOPs, elements moved to and from memory, estimated seconds, and those of them that start it."""
 
     name: str
     flops: int
     elements: int
     seconds: float
+    starting: float
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class CostModel:
         return Cost(
             prepare_flops=sum(step.flops for step in prepare),
             attend_flops=sum(step.flops for step in attend),
-            prepare_seconds=sum(step.seconds for step in prepare),
-            attend_seconds=sum(step.seconds for step in attend),
+            prepare_seconds=self._together(prepare),
+            attend_seconds=self._together(attend),
             prepared_bytes=prepared,
             moved_bytes=sum(step.elements for step in (*prepare, *attend)) * self._element,
             uses=sizes.uses,
@@ -133,6 +134,14 @@ class CostModel:
         )
 
     # ------------------------------------------------------------------------------------------------- one step's time
+
+    def _together(self, steps: list[Step]) -> float:
+        """Seconds of steps: one after the other on a CPU; a GPU works on some while the host starts the next."""
+        seconds = sum(step.seconds for step in steps)
+        if not self.is_gpu:
+            return seconds
+        starting = sum(step.starting for step in steps)
+        return max(seconds - starting, starting)
 
     def _product_seconds(self, rows: int, inner: int, columns: int, batches: int = 1, speeds: Speeds | None = None) -> float:
         """Seconds of the arithmetic of (batched) products (rows, inner) times (inner, columns)."""
@@ -187,19 +196,21 @@ class CostModel:
         seconds = max(arithmetic, traffic) if self.is_gpu else arithmetic + traffic  # a GPU does both at once
         if element > self._element and not self.is_gpu:  # written out in float32 first
             seconds += self._traffic_seconds(1.5 * (left_size + right_size), 0.0, element) + 2 * self.speeds.step_seconds
-        seconds += operations * self.speeds.step_seconds
+        starting = operations * self.speeds.step_seconds
+        seconds += starting
         if self.sizes.trains:
+            starting *= 5
             seconds += self._product_seconds(rows, columns, inner, batches, speeds)
             seconds += self._product_seconds(columns, rows, inner, batches, speeds)
             seconds += (
                 self._traffic_seconds(2 * elements, left_size + right_size, element) + 4 * operations * self.speeds.step_seconds
             )
-        return Step(name, 2 * batches * rows * inner * columns, elements, seconds)
+        return Step(name, 2 * batches * rows * inner * columns, elements, seconds, starting)
 
     def _move(self, name: str, elements: int, flops: int = 0, *, operations: int = 1) -> Step:
         """A pass over memory."""
-        seconds = self._traffic_seconds(elements, elements / 2) + operations * self.speeds.step_seconds
-        return Step(name, flops, elements, seconds * (2 if self.sizes.trains else 1))
+        times, starting = 2 if self.sizes.trains else 1, operations * self.speeds.step_seconds
+        return Step(name, flops, elements, times * (self._traffic_seconds(elements, elements / 2) + starting), times * starting)
 
     def _softmax_seconds(self, weights: float, columns: int, *, is_block: bool) -> float:
         speeds = self.speeds
@@ -229,7 +240,8 @@ class CostModel:
 
     def _more_launches(self, count: int) -> list[Step]:
         """What small operations take on a GPU, where each is a launch; on a CPU they are lost in what they stand beside."""
-        return [Step("launches", 0, 0, count * self.speeds.step_seconds)] if self.is_gpu else []
+        seconds = count * self.speeds.step_seconds
+        return [Step("launches", 0, 0, seconds, seconds)] if self.is_gpu else []
 
     def _padding(self, plan: Plan) -> list[Step]:
         key_width, value_width = meeting_widths(plan, self.sizes)
@@ -282,7 +294,8 @@ class CostModel:
         seconds += self._traffic_seconds(elements, z * s.heads * n * width) + (
             2 * self._traffic_seconds(elements) if s.trains else 0
         )
-        steps = [Step("fused attention", 4 * weights * width, elements, seconds + 4 * speeds.step_seconds)]
+        starting = 4 * speeds.step_seconds
+        steps = [Step("fused attention", 4 * weights * width, elements, seconds + starting, starting)]
         if share_copies(plan, s):
             steps.append(self._move("repeat for every head", 2 * z * s.heads * m * width))
         if plan.values == "output":
@@ -314,7 +327,7 @@ class CostModel:
 
         One block takes the time that its key blocks wait for each other; all together, that of their arithmetic. Wide heads are
         another, slower kernel's. One query of half precision is read in parts of the context, by the whole GPU. The backward pass
-        is parallel over the context.
+        was not measured, and is counted as if it filled the GPU.
         """
         s, speeds, m = self.sizes, self.speeds, self.m
         slower = speeds.fused_wide if width > speeds.fused_widest else 1.0
@@ -325,9 +338,7 @@ class CostModel:
             waits *= tasks / self.threads
         seconds = max(waits, one * tasks / self.threads)
         if s.trains:
-            key_tasks = self.z * groups * ceil(m / 128)
-            of_keys = 2.5 * speeds.fused_backward * one * ceil(rows / 64) / ceil(m / 128)
-            seconds += of_keys * max(1.0, key_tasks / self.threads)
+            seconds += 2.5 * speeds.fused_backward * one * tasks / self.threads
         return seconds
 
     def _explicit(self, plan: Plan) -> list[Step]:
@@ -348,8 +359,10 @@ class CostModel:
         softmax = self._softmax_seconds(weights, m, is_block=False) + self._traffic_seconds(
             2 * weights, weights, self._score_element
         )
-        softmax += self.speeds.step_seconds
-        steps = [scores, Step("softmax", 4 * weights, 2 * weights, softmax * (2.5 if s.trains else 1.0))]
+        starting, times = self.speeds.step_seconds, 2.5 if s.trains else 1.0
+        steps = [scores, Step("softmax", 4 * weights, 2 * weights, times * (softmax + starting), times * starting)]
+        if not plan.scores == plan.values == "context":
+            steps += self._more_launches(6)
         if plan.values == "output":
             if plan.scores == "context" or (plan.scores == "head" and not is_narrow):
                 steps.append(self._move("weights by query", 2 * weights))
@@ -404,9 +417,8 @@ class CostModel:
         if s.trains:
             seconds += count * (2.2 * product + 2 * read + 2 * softmax + 3 * per_block) + 2.5 * traffic + 2 * block_traffic
         weights = z * h * n * m
-        return [
-            Step("attention in blocks", 2 * weights * (key_width + value_width + 2), elements, seconds + 6 * speeds.step_seconds)
-        ]
+        starting = 6 * speeds.step_seconds
+        return [Step("attention in blocks", 2 * weights * (key_width + value_width + 2), elements, seconds + starting, starting)]
 
     def _peak_bytes(self, plan: Plan, prepared: int) -> int:
         """What B becomes, what A becomes, and what the kernel holds at once."""
