@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from crossattention.attention.execute import _explicit_values, explicit_weights, finish
-from crossattention.attention.masks import ScoreMask, check_context_mask
-from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
+from crossattention.attention.masks import check_context_mask
+from crossattention.attention.products import (
+    batched,
+    batched_into_float,
+    is_looked_into,
+    linear,
+    multiplies_into_float,
+    project,
+)
 from crossattention.plan import TEXTBOOK, Plan, speeds
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.sizes import DTYPE_BYTES
@@ -65,8 +71,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         or a.is_nested
         or b.is_nested
         or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-        or is_transformed()
-        or is_traced()
+        or is_looked_into()
         or torch_module._has_any_global_hook()
     ):
         return None
@@ -78,7 +83,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         held = module.__dict__
         weights = held["_parameters"]
         if (
-            "weight" not in weights
+            type(weights.get("weight")) not in _PLAIN
             or "forward" in held
             or held["_forward_hooks"]
             or held["_forward_pre_hooks"]
@@ -87,7 +92,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         ):
             return None
     weight, device, dtype = weights["weight"], a.device, a.dtype
-    if type(weight) not in _PLAIN or not weight.dtype == dtype == b.dtype or weight.device != device or b.device != device:
+    if not weight.dtype == dtype == b.dtype or weight.device != device or b.device != device:
         return None
     given = layer._plan
     trains = given == "auto" and torch.is_grad_enabled() and (weight.requires_grad or layer._trains(b))
@@ -243,7 +248,7 @@ def attend_b_plainly(
         out = attend_b_plainly(layer, a.flatten(1, 2), b, kernel, context_mask, is_small=is_small)
         return out.unflatten(1, a.shape[1:3])
     z, m, width = b.shape
-    heads, modules, is_half, trains = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
+    heads, modules, is_half, has_grad = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
     n = a.shape[1] if isinstance(a, Tensor) else a.queries.shape[2]
     if is_small is None:
         is_small = _is_small(layer, z * n, z, m)
@@ -251,39 +256,36 @@ def attend_b_plainly(
         items = a.shape[0]
         queries = project(modules["q_proj"], a).reshape(items * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
         weight, bias = _weight_and_bias(modules["k_proj"])
-        if trains and bias is not None and bias.requires_grad:
+        if has_grad and bias is not None and bias.requires_grad:
             queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
         weight = weight.view(heads, layer.head_dim, width)
         rows = torch.bmm(queries, weight) if is_small and heads > 1 else batched(queries, weight.transpose(1, 2))
         rows = rows.view(heads, items, n, width).transpose(0, 1).reshape(items, heads * n, width)
     else:
-        items, rows = 0, a.queries.reshape(-1, heads * n, width)
+        rows = a.queries.reshape(-1, heads * n, width)
     live = None if context_mask is None else context_mask.any(1)
     if live is not None and live.is_cpu and bool(live.all()):
         live = None
     if kernel == "fused":
         keys = b.unsqueeze(1)
         read = _fused(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, context_mask, layer.scale)
-    elif is_half:
-        keys = b.unsqueeze(1)
-        pairs = None if context_mask is None else context_mask.view(z, 1, 1, m)
-        mask = ScoreMask(pairs, None if live is None else live.view(z, 1, 1, 1))
-        read = _explicit_values(explicit_weights(rows.view(-1, heads, n, width), keys, mask, layer.scale), keys, False)
     else:
-        is_ours = items == z and not trains
-        read = _read_explicitly(rows.expand(z, -1, -1), b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
-    if is_half:
-        sums = None if live is None else live.view(z, 1, 1, 1)
-        return finish(layer, "context", read.reshape(z, heads, n, width), sums, b.dtype)
+        rows, is_ours = (rows, isinstance(a, Tensor)) if rows.shape[0] == z else (rows.expand(z, -1, -1), False)
+        read = _read_explicitly(rows, b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
     read = read.reshape(z, heads, n, width).transpose(0, 1).reshape(heads, z * n, width)
     weight, bias = _weight_and_bias(modules["v_proj"])
     weight = weight.view(heads, layer.value_head_dim, width)
-    made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
+    if is_half:  # rounded once, after the bias
+        made = batched_into_float(read, weight)
+    else:
+        made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
     if bias is not None:
         bias = bias.view(heads, 1, layer.value_head_dim)
         if live is not None:
             bias = (bias.unsqueeze(1) * live.view(1, z, 1, 1)).expand(-1, -1, n, -1).reshape(made.shape)
-        made = made + bias if trains else made.add_(bias)
+        made = made + bias if has_grad else made.add_(bias)
+    if is_half:
+        made = made.to(b.dtype)
     made = made.transpose(0, 1).reshape(z, n, heads * layer.value_head_dim)
     return project(modules["out_proj"], made)  # type: ignore[arg-type]
 
@@ -300,16 +302,23 @@ def _read_explicitly(
     """What rows (z, r, b) read of B (z, m, b), written over them where they are ours to write to.
 
     Softmax runs across rows where the context is short; the fewer numbers are scaled.
+    Scores and weights of half precision are float32 numbers, as everywhere.
     """
     z, m, width = b.shape
-    trains, is_narrow = torch.is_grad_enabled(), m <= NARROW_ROW
-    scales_rows = is_narrow or width < m
-    if scales_rows:
-        rows = rows.mul_(scale) if is_ours else rows * scale
-    left, right, dim = (b, rows, 1) if is_narrow else (rows, b, 2)
-    scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
-    if not scales_rows:
-        scores = scores * scale if trains else scores.mul_(scale)
+    trains = torch.is_grad_enabled() and (rows.requires_grad or b.requires_grad)
+    is_ours, is_half, is_narrow = is_ours and not trains, b.dtype in HALF, m <= NARROW_ROW
+    dim, scales_rows = (1 if is_narrow else 2), is_narrow or width < m
+    if is_half and multiplies_into_float(rows, b):
+        scores = (batched_into_float(b, rows) if is_narrow else batched_into_float(rows, b)).mul_(scale)
+    else:
+        read, is_ours = (b.float(), True) if is_half else (b, is_ours)
+        rows = rows.float() if is_half else rows
+        if scales_rows:
+            rows = rows.mul_(scale) if is_ours else rows * scale
+        left, right = (read, rows) if is_narrow else (rows, read)
+        scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
+        if not scales_rows:
+            scores = scores * scale if trains else scores.mul_(scale)
     if context_mask is not None:
         forbidden = ~(context_mask.view(z, m, 1) if is_narrow else context_mask.view(z, 1, m))
         scores = scores.masked_fill(forbidden, -torch.inf) if trains else scores.masked_fill_(forbidden, -torch.inf)
@@ -321,6 +330,8 @@ def _read_explicitly(
         weights = weights.masked_fill(dead, 0.0)
     if is_narrow:
         weights = weights.transpose(1, 2)
-    if is_small and z > 1:
+    if is_half:
+        weights = weights.to(b.dtype)
+    if is_half or (is_small and z > 1):
         return torch.bmm(weights, b)
     return batched(weights, b.transpose(1, 2), out=rows if not trains and (is_ours or scales_rows) else None)
