@@ -106,6 +106,25 @@ def test_in_half_precision_both_ways_round_alike(monkeypatch, plan, dtype):
             assert (out - expected).abs().amax() <= 2 * torch.finfo(dtype).eps * expected.abs().amax()
 
 
+@pytest.mark.parametrize("form", ["batch", "learned", "beams"])
+def test_under_autocast_both_ways_are_the_same_to_the_bit(monkeypatch, form):
+    layer, a, (_, b) = layer_of("textbook", dtype=torch.float32), queries_of(form).float(), make_inputs(dtype=torch.float32)
+    mask = torch.rand(Z, M) > 0.3
+    mask[1] = False
+    for dtype in (torch.bfloat16, torch.float16):
+        for given in ((a, b), (a.to(dtype), b), (a, b.to(dtype)), (a.bfloat16(), b.half())):
+            for context_mask in (None, mask):
+                call = lambda: layer(*given, context_mask=context_mask)  # noqa: B023, E731
+                with torch.no_grad(), torch.autocast("cpu", dtype):
+                    is_short, out = takes_a_short_way(monkeypatch, call)
+                    assert is_short and out.dtype == dtype and torch.equal(out, by_the_long_way(monkeypatch, call))
+    with torch.autocast("cpu", torch.bfloat16):  # with a backward pass to come, the kernel is another one
+        is_short, out = takes_a_short_way(monkeypatch, lambda: layer(a, b))
+        assert not is_short and torch.equal(out, by_the_long_way(monkeypatch, lambda: layer(a, b)))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):  # which leaves float64 as it is
+        layer(a.double(), b)
+
+
 # ------------------------------------------------------------------------------- what changes between two calls of the same sizes
 
 
@@ -207,6 +226,7 @@ def test_parts_dropout_and_autocast_are_seen(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         is_short, out = takes_a_short_way(monkeypatch, lambda: layer(a, b))
     assert not is_short and out.dtype == torch.bfloat16
+    assert layer(a, b).dtype == torch.float32
     layer.dropout = 0.9
     is_short, out = takes_a_short_way(monkeypatch, lambda: layer.train()(a, b))
     assert not is_short and not torch.allclose(out, expected)

@@ -448,7 +448,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            of_shards: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return of_shards
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -838,7 +839,7 @@ class CrossAttention(nn.Module):
             and (a.dim() > 2 or type(a) is PreparedQueries)
             and 0 not in a.shape
             and 0 not in prepared.keys.shape
-            and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+            and not torch._C._is_any_autocast_enabled()
             and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_looked_into()))
         )
 
@@ -1135,7 +1136,7 @@ class CrossAttention(nn.Module):
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
         module = self._modules.get("q_proj")  # asked of its table, as an attribute takes as long as all else here
-        weight = module._parameters.get("weight") if type(module) is nn.Linear else None
+        weight: Tensor | None = module._parameters.get("weight") if type(module) is nn.Linear else None
         weight = floating_weight(self.q_proj) if weight is None or not weight.is_floating_point() else weight
         if weight is None:  # quantised: what it takes is for it to say
             return

@@ -200,7 +200,7 @@ def _is_quick_in_graphs(x: Tensor, weight: Tensor) -> bool:
 
 def is_cast(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor; asked of all devices first, as the name of one takes as long as a view."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return False
     return torch.is_autocast_enabled(tensor.device.type)
 
