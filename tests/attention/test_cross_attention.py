@@ -168,12 +168,11 @@ def test_the_short_way_to_read_b_itself_gives_what_the_long_one_does(monkeypatch
         layer, (a, b) = make_layer(plan, bias=bias, heads=heads), make_inputs(n, m)
         expected, _ = specification(layer, a, b)
         assert_close(layer(a, b), expected)
-        assert not used  # gradients may follow
         with torch.no_grad():
             assert_close(layer(a, b), expected)
             assert_close(layer.attend(a[:1], layer.prepare(b[:1])), expected[:1])
             assert_close(layer(a, b.transpose(1, 2).contiguous().transpose(1, 2)), expected)
-        assert len(used) == 3
+        assert len(used) == 4
         used.clear()
 
 

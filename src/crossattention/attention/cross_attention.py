@@ -29,7 +29,7 @@ from crossattention.attention.prepared import (
     Stamp,
     fingerprint,
 )
-from crossattention.attention.products import is_traced, is_transformed
+from crossattention.attention.products import is_cast, is_looked_into
 from crossattention.attention.ragged import PreparedRagged, attend_ragged, contexts_of, forward_ragged, prepare_ragged
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Rows, Sequences, is_ragged
@@ -448,7 +448,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            return self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            of_shards: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return of_shards
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -838,8 +839,8 @@ class CrossAttention(nn.Module):
             and (a.dim() > 2 or type(a) is PreparedQueries)
             and 0 not in a.shape
             and 0 not in prepared.keys.shape
-            and not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-            and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_transformed() or is_traced()))
+            and not torch._C._is_any_autocast_enabled()
+            and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_looked_into()))
         )
 
     def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
@@ -872,8 +873,7 @@ class CrossAttention(nn.Module):
             and self._is_plain(a, prepared)
             and not _trains_in_half(prepared)
             and (a.dtype == prepared.keys.dtype if isinstance(a, Tensor) else a.queries.dtype == prepared.keys.dtype)
-            and not is_transformed()
-            and not is_traced()
+            and not is_looked_into()
         )
 
     def _meet(
@@ -1062,7 +1062,7 @@ class CrossAttention(nn.Module):
     def _check_dtype(self, a: Tensor, prepared: PreparedContext | PreparedRagged) -> None:
         """Whether queries have the dtype that the context was prepared in."""
         made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)
-        if made is not None and not torch.is_autocast_enabled(a.device.type):
+        if made is not None and not is_cast(a):
             raise ValueError(
                 f"the prepared context is {made} but the queries are {a.dtype}; attend under the "
                 "torch.autocast that prepare ran under, or prepare again outside of it"
@@ -1135,12 +1135,14 @@ class CrossAttention(nn.Module):
             )
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
-        weight = floating_weight(self.q_proj)
+        module = self._modules.get("q_proj")  # asked of its table, as an attribute takes as long as all else here
+        weight: Tensor | None = module._parameters.get("weight") if type(module) is nn.Linear else None
+        weight = floating_weight(self.q_proj) if weight is None or not weight.is_floating_point() else weight
         if weight is None:  # quantised: what it takes is for it to say
             return
         if tensor.device != weight.device:
             raise ValueError(f"{name} are on {tensor.device} but the layer's weights on {weight.device}; move one of them")
-        if tensor.dtype == weight.dtype or torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype == weight.dtype or is_cast(tensor):
             return
         raise ValueError(
             f"{name} are {tensor.dtype} but the layer's weights are {weight.dtype}; convert one, or run under torch.autocast"
@@ -1245,8 +1247,8 @@ def _named_weights(name: str, module: nn.Module | None) -> list[tuple[str, Tenso
         return []
     if type(module) is not nn.Linear or "weight" not in module._parameters:  # pruned: made anew at each call, of another
         return [(f"{name}.{path}", weight) for path, weight in module.named_parameters()]
-    named: list[tuple[str, Tensor]] = [(f"{name}.weight", module.weight)]
-    return named if module.bias is None else [*named, (f"{name}.bias", module.bias)]
+    held = module._parameters
+    return [(f"{name}.{path}", weight) for path, weight in held.items() if weight is not None]
 
 
 def floating_weight(*projections: nn.Module) -> Tensor | None:

@@ -25,12 +25,14 @@ from crossattention.attention.masks import ScoreMask
 from crossattention.attention.products import (
     batched,
     batched_into_float,
+    is_cast,
     is_traced,
     is_transformed,
     linear,
     multiplies_into_float,
     project,
     unrounded,
+    without_autocast,
 )
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
@@ -76,7 +78,7 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     if layer.q_proj.bias is None:
         return keys, None
     keys_zmgk = unrounded(keys_zmgk)
-    with torch.autocast(b.device.type, enabled=False):  # an extra score, and scores are float32 numbers
+    with without_autocast(b):  # an extra score, and scores are float32 numbers
         bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
         key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
     return keys, key_bias * layer.scale
@@ -163,7 +165,7 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
 
 def _rounded(product: Tensor, b: Tensor) -> Tensor:
     """A product of B in B's dtype; under autocast it is in autocast's dtype already, and stays so."""
-    return product if torch.is_autocast_enabled(b.device.type) else product.to(b.dtype)
+    return product if is_cast(b) else product.to(b.dtype)
 
 
 def place_keys(layer: HasParts, keys: Tensor, positions: Tensor | None) -> Tensor:
@@ -283,9 +285,9 @@ def attend_heads(
             out = attend_fused(queries, keys, values, mask, scale)
             return (unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(queries.dtype)), mask.live
         if not is_transformed():
-            with torch.autocast(queries.device.type, enabled=False):
+            with without_autocast(queries):
                 return attend_blocks(queries, keys, values, mask.tensor, mask.live, scale, sums_heads), mask.live
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         weights = explicit_weights(queries, keys, mask, scale)
         if dropout > 0.0:
             weights = weights * _dropout_factors(weights, dropout)
@@ -419,10 +421,9 @@ def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
 
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast where it is on; float64 stays."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not is_cast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossattention.attention.masks import ScoreMask, to_score_dtype
+from crossattention.attention.products import is_cast
 
 _WIDENED_KEYS = 256
 """Keys up to which half precision trains in float32 on a CPU."""
@@ -32,7 +33,7 @@ def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask,
         is_shared = keys is values
         queries, keys = queries.float(), keys.float()
         values = keys if is_shared else values.float()
-    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
+    if queries.is_cpu and is_cast(queries):  # it would round the mask, which may stay float32
         with torch.autocast("cpu", enabled=False):
             return _read(queries, keys, values, mask, scale)
     return _read(queries, keys, values, mask, scale)

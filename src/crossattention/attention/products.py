@@ -10,6 +10,7 @@ Legend: rows, inner, columns: (rows, inner) times (columns, inner) transposed gi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,9 +78,8 @@ def _are_surely_small(x: Tensor, weights: Tensor) -> bool:
 def batched_into_float(x: Tensor, weights: Tensor) -> Tensor:
     """`batched`, with half precision's sums kept in float32: on CUDA from the matrix units, elsewhere by float32 products."""
     if multiplies_into_float(x, weights):
-        if not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
-            return torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
-        product: Tensor = _IntoFloat.apply(x, weights)
+        trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        product: Tensor = _IntoFloat.apply(x, weights) if trains else torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
         return product
     return batched(unrounded(x), unrounded(weights))
 
@@ -198,6 +198,23 @@ def _is_quick_in_graphs(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; asked of all devices first, as the name of one takes as long as a view."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast is off for the device of a tensor; where it is off anyhow, nothing is done, which takes a twentieth."""
+    if not torch.compiler.is_compiling() and not is_cast(tensor):
+        return _AS_IT_IS
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+_AS_IT_IS = nullcontext()
+
+
 def is_transformed() -> bool:
     """Whether vmap, functorch's or forward-mode derivatives look into what is computed: they know torch's own operators."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -206,6 +223,11 @@ def is_transformed() -> bool:
 def is_traced() -> bool:
     """Whether `torch.jit.trace` or an exporter built on it looks on: it loses what is written in place through a view."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_looked_into() -> bool:
+    """Whether anything that a call does is written down by somebody: a transform, a trace, a mode that is handed each operator."""
+    return is_transformed() or is_traced() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

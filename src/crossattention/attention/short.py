@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from crossattention.attention.execute import _explicit_values, explicit_weights, finish
-from crossattention.attention.masks import ScoreMask, check_context_mask
-from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
+from crossattention.attention.masks import check_context_mask
+from crossattention.attention.products import (
+    batched,
+    batched_into_float,
+    is_looked_into,
+    linear,
+    multiplies_into_float,
+    project,
+)
 from crossattention.plan import TEXTBOOK, Plan, speeds
 from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.sizes import DTYPE_BYTES
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (Tensor, nn.Parameter)
 HALF = (torch.bfloat16, torch.float16)
+_CAST = (torch.float32, *HALF)
 _MASKS = (type(None), Tensor)
 _MOST_WAYS = 8192
 
@@ -41,13 +48,15 @@ class Way(NamedTuple):
     Args:
         plan: the plan that the layer runs.
         how: the short way that takes it where nothing is asked for beside it; None for none.
-        is_small: whether every product is too small for the quicker library.
+        is_small: whether no product goes to the quicker library.
+        is_cast: whether autocast is on.
         given: the layer's `plan`, kept so that its address stays its own.
     """
 
     plan: Plan
     how: Literal["textbook", "context"] | None
     is_small: bool
+    is_cast: bool
     given: object
 
 
@@ -55,7 +64,7 @@ _ways: dict[tuple[object, ...], Way] = {}
 
 
 def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
-    """The way of a call that is in order and runs in plain modules, outside of graphs, transforms and autocast; None for others."""
+    """The way of a call that is in order and runs in plain modules, outside of graphs and transforms; None for others."""
     if type(a) not in _PLAIN or type(b) not in _PLAIN:
         return None
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
@@ -64,9 +73,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         or layer.positions is not None
         or a.is_nested
         or b.is_nested
-        or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-        or is_transformed()
-        or is_traced()
+        or is_looked_into()
         or torch_module._has_any_global_hook()
     ):
         return None
@@ -78,7 +85,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         held = module.__dict__
         weights = held["_parameters"]
         if (
-            "weight" not in weights
+            type(weights.get("weight")) not in _PLAIN
             or "forward" in held
             or held["_forward_hooks"]
             or held["_forward_pre_hooks"]
@@ -87,7 +94,10 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         ):
             return None
     weight, device, dtype = weights["weight"], a.device, a.dtype
-    if type(weight) not in _PLAIN or not weight.dtype == dtype == b.dtype or weight.device != device or b.device != device:
+    if weight.device != device or b.device != device:
+        return None
+    cast = _cast_of(a, b, weight) if torch._C._is_any_autocast_enabled() else None
+    if cast is None and not weight.dtype == dtype == b.dtype:
         return None
     given = layer._plan
     trains = given == "auto" and torch.is_grad_enabled() and (weight.requires_grad or layer._trains(b))
@@ -102,6 +112,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         layer.value_head_dim,
         layer.out_dim,
         dtype,
+        cast,
         device,
         given if type(given) is str else id(given),
         trains,
@@ -110,7 +121,7 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
     )
     way = _ways.get(key)
     if way is None:
-        way = _find(layer, a, b)
+        way = _find(layer, a, b, None if cast is None else cast[0])
         if way is not None:
             if len(_ways) >= _MOST_WAYS:
                 _ways.clear()
@@ -118,7 +129,16 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
     return way
 
 
-def _find(layer: CrossAttention, a: Tensor, b: Tensor) -> Way | None:
+def _cast_of(a: Tensor, b: Tensor, weight: Tensor) -> tuple[torch.dtype, ...] | None:
+    """Autocast's dtype, and those that it brings to it beside A's; None where it is off for this device, or leaves one as it is."""
+    kind = a.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    given = a.dtype, b.dtype, weight.dtype
+    return (torch.get_autocast_dtype(kind), *given[1:]) if all(dtype in _CAST for dtype in given) else None
+
+
+def _find(layer: CrossAttention, a: Tensor, b: Tensor, cast: torch.dtype | None) -> Way | None:
     """The way of a call of plain modules if its sizes are in order and no side is empty."""
     query_shape, context_shape = tuple(a.shape), tuple(b.shape)
     if (
@@ -129,7 +149,7 @@ def _find(layer: CrossAttention, a: Tensor, b: Tensor) -> Way | None:
         or 0 in query_shape
         or 0 in context_shape
         or a.device.type == "meta"
-        or str(a.dtype).removeprefix("torch.") not in DTYPE_BYTES
+        or str(cast or a.dtype).removeprefix("torch.") not in DTYPE_BYTES
     ):
         return None
     plan = layer._plan_of(
@@ -139,9 +159,10 @@ def _find(layer: CrossAttention, a: Tensor, b: Tensor) -> Way | None:
     if layer.kv_heads == layer.heads:
         if plan == TEXTBOOK and layer.head_dim == layer.value_head_dim:
             how = "textbook"
-        elif plan.scores == plan.values == "context" and plan.kernel != "blocked":
+        elif plan.scores == plan.values == "context" and plan.kernel != "blocked" and cast is None:
             how = "context"
-    return Way(plan, how, _is_small(layer, a.numel() // query_shape[-1], *context_shape[:2]) or not a.is_cpu, layer._plan)
+    is_small = not a.is_cpu or cast is not None or _is_small(layer, a.numel() // query_shape[-1], *context_shape[:2])
+    return Way(plan, how, is_small, cast is not None, layer._plan)
 
 
 def _is_small(layer: CrossAttention, rows: int, batch: int, context_length: int) -> bool:
@@ -161,8 +182,10 @@ def run(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None
     """The output of a call by its short way, None where it has none."""
     if way.how is None or (layer.training and layer.dropout) or type(context_mask) not in _MASKS:
         return None
-    if (a.dim() != 3 or context_mask is not None or way.how == "context") and a.dtype in HALF and torch.is_grad_enabled():
-        return None  # on a CPU it may run in float32
+    if (way.is_cast or a.dtype in HALF) and torch.is_grad_enabled():
+        is_usual = way.how == "textbook" and a.dim() == 3 and context_mask is None and not way.is_cast
+        if not is_usual and (way.how == "context" or a.is_cpu):
+            return None  # on a CPU it may run in float32
     if context_mask is not None:
         check_context_mask(context_mask, b.shape[0], b.shape[1], b.device)
     repeats = a.shape[1] if a.dim() == 4 else None
@@ -174,7 +197,13 @@ def run(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None
         a = a.unsqueeze(0) if a.dim() == 2 else a
         b = b if b.stride(2) == 1 else b.contiguous()
         out = attend_b_plainly(layer, a, b, way.plan.kernel, context_mask, is_small=way.is_small)
-    return out if repeats is None else out.unflatten(1, (repeats, -1))
+    return out if repeats is None else split_repeats(out, repeats)
+
+
+def split_repeats(out: Tensor, repeats: int) -> Tensor:
+    """The output of repeats laid into the length, (z, r n, o), as (z, r, n, o)."""
+    split: Tensor = out.unflatten(1, (repeats, -1))
+    return split
 
 
 def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor | None, *, is_small: bool) -> Tensor:
@@ -182,18 +211,18 @@ def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor 
     z, m, _ = b.shape
     n, heads, width = a.shape[-2], layer.heads, layer.head_dim
     modules, product = layer._modules, F.linear if is_small else linear
-    weights: dict[str, Any] = modules["q_proj"]._parameters  # type: ignore[union-attr]
+    weights: dict[str, Any] = modules["q_proj"].__dict__["_parameters"]
     if a.dim() == 3:
         queries = product(a, weights["weight"], weights["bias"]).view(z, n, heads, width).transpose(1, 2)
     else:
         queries = product(a.unsqueeze(0), weights["weight"], weights["bias"])
         queries = queries.view(1, n, heads, width).transpose(1, 2).expand(z, -1, -1, -1)
-    weights = modules["k_proj"]._parameters  # type: ignore[union-attr]
+    weights = modules["k_proj"].__dict__["_parameters"]
     keys = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
-    weights = modules["v_proj"]._parameters  # type: ignore[union-attr]
+    weights = modules["v_proj"].__dict__["_parameters"]
     values = product(b, weights["weight"], weights["bias"]).view(z, m, heads, width).transpose(1, 2)
     read = _fused(queries, keys, values, context_mask, layer.scale).transpose(1, 2).reshape(z, n, heads * width)
-    weights = modules["out_proj"]._parameters  # type: ignore[union-attr]
+    weights = modules["out_proj"].__dict__["_parameters"]
     return product(read, weights["weight"], weights["bias"])
 
 
@@ -211,7 +240,7 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor |
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None = None) -> Tensor:
     """The textbook plan with no parts: the steps of `execute` without its questions, as decode steps are short."""
     if a.dim() == 4:
-        return attend_plainly(layer, a.flatten(1, 2), keys, values, context_mask).unflatten(1, a.shape[1:3])
+        return split_repeats(attend_plainly(layer, a.flatten(1, 2), keys, values, context_mask), a.shape[1])
     z, n, _ = a.shape
     projections, width = layer._modules, layer.heads * layer.value_head_dim
     queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
@@ -241,9 +270,9 @@ def attend_b_plainly(
     """
     if isinstance(a, Tensor) and a.dim() == 4:
         out = attend_b_plainly(layer, a.flatten(1, 2), b, kernel, context_mask, is_small=is_small)
-        return out.unflatten(1, a.shape[1:3])
+        return split_repeats(out, a.shape[1])
     z, m, width = b.shape
-    heads, modules, is_half, trains = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
+    heads, modules, is_half, has_grad = layer.heads, layer._modules, b.dtype in HALF, torch.is_grad_enabled()
     n = a.shape[1] if isinstance(a, Tensor) else a.queries.shape[2]
     if is_small is None:
         is_small = _is_small(layer, z * n, z, m)
@@ -251,39 +280,36 @@ def attend_b_plainly(
         items = a.shape[0]
         queries = project(modules["q_proj"], a).reshape(items * n, heads, layer.head_dim).transpose(0, 1)  # type: ignore[arg-type]
         weight, bias = _weight_and_bias(modules["k_proj"])
-        if trains and bias is not None and bias.requires_grad:
+        if has_grad and bias is not None and bias.requires_grad:
             queries = queries + 0.0 * bias.sum()  # the key bias cancels; its gradient is zero, not missing
         weight = weight.view(heads, layer.head_dim, width)
         rows = torch.bmm(queries, weight) if is_small and heads > 1 else batched(queries, weight.transpose(1, 2))
         rows = rows.view(heads, items, n, width).transpose(0, 1).reshape(items, heads * n, width)
     else:
-        items, rows = 0, a.queries.reshape(-1, heads * n, width)
+        rows = a.queries.reshape(-1, heads * n, width)
     live = None if context_mask is None else context_mask.any(1)
-    if live is not None and live.is_cpu and bool(live.all()):
+    if type(live) is Tensor and live.is_cpu and bool(live.all()):
         live = None
     if kernel == "fused":
         keys = b.unsqueeze(1)
         read = _fused(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, context_mask, layer.scale)
-    elif is_half:
-        keys = b.unsqueeze(1)
-        pairs = None if context_mask is None else context_mask.view(z, 1, 1, m)
-        mask = ScoreMask(pairs, None if live is None else live.view(z, 1, 1, 1))
-        read = _explicit_values(explicit_weights(rows.view(-1, heads, n, width), keys, mask, layer.scale), keys, False)
     else:
-        is_ours = items == z and not trains
-        read = _read_explicitly(rows.expand(z, -1, -1), b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
-    if is_half:
-        sums = None if live is None else live.view(z, 1, 1, 1)
-        return finish(layer, "context", read.reshape(z, heads, n, width), sums, b.dtype)
+        rows, is_ours = (rows, isinstance(a, Tensor)) if rows.shape[0] == z else (rows.expand(z, -1, -1), False)
+        read = _read_explicitly(rows, b, layer.scale, context_mask, live, is_small=is_small, is_ours=is_ours)
     read = read.reshape(z, heads, n, width).transpose(0, 1).reshape(heads, z * n, width)
     weight, bias = _weight_and_bias(modules["v_proj"])
     weight = weight.view(heads, layer.value_head_dim, width)
-    made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
+    if is_half:  # rounded once, after the bias
+        made = batched_into_float(read, weight)
+    else:
+        made = torch.bmm(read, weight.transpose(1, 2)) if is_small and heads > 1 else batched(read, weight)
     if bias is not None:
         bias = bias.view(heads, 1, layer.value_head_dim)
         if live is not None:
             bias = (bias.unsqueeze(1) * live.view(1, z, 1, 1)).expand(-1, -1, n, -1).reshape(made.shape)
-        made = made + bias if trains else made.add_(bias)
+        made = made + bias if has_grad else made.add_(bias)
+    if is_half:
+        made = made.to(b.dtype)
     made = made.transpose(0, 1).reshape(z, n, heads * layer.value_head_dim)
     return project(modules["out_proj"], made)  # type: ignore[arg-type]
 
@@ -300,16 +326,23 @@ def _read_explicitly(
     """What rows (z, r, b) read of B (z, m, b), written over them where they are ours to write to.
 
     Softmax runs across rows where the context is short; the fewer numbers are scaled.
+    Scores and weights of half precision are float32 numbers, as everywhere.
     """
     z, m, width = b.shape
-    trains, is_narrow = torch.is_grad_enabled(), m <= NARROW_ROW
-    scales_rows = is_narrow or width < m
-    if scales_rows:
-        rows = rows.mul_(scale) if is_ours else rows * scale
-    left, right, dim = (b, rows, 1) if is_narrow else (rows, b, 2)
-    scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
-    if not scales_rows:
-        scores = scores * scale if trains else scores.mul_(scale)
+    trains = torch.is_grad_enabled() and (rows.requires_grad or b.requires_grad)
+    is_ours, is_half, is_narrow = is_ours and not trains, b.dtype in HALF, m <= NARROW_ROW
+    dim, scales_rows = (1 if is_narrow else 2), is_narrow or width < m
+    if is_half and multiplies_into_float(rows, b):
+        scores = (batched_into_float(b, rows) if is_narrow else batched_into_float(rows, b)).mul_(scale)
+    else:
+        read, is_ours = (b.float(), True) if is_half else (b, is_ours)
+        rows = rows.float() if is_half else rows
+        if scales_rows:
+            rows = rows.mul_(scale) if is_ours else rows * scale
+        left, right = (read, rows) if is_narrow else (rows, read)
+        scores = torch.bmm(left, right.transpose(1, 2)) if is_small and z > 1 else batched(left, right)
+        if not scales_rows:
+            scores = scores * scale if trains else scores.mul_(scale)
     if context_mask is not None:
         forbidden = ~(context_mask.view(z, m, 1) if is_narrow else context_mask.view(z, 1, m))
         scores = scores.masked_fill(forbidden, -torch.inf) if trains else scores.masked_fill_(forbidden, -torch.inf)
@@ -321,6 +354,8 @@ def _read_explicitly(
         weights = weights.masked_fill(dead, 0.0)
     if is_narrow:
         weights = weights.transpose(1, 2)
-    if is_small and z > 1:
+    if is_half:
+        weights = weights.to(b.dtype)
+    if is_half or (is_small and z > 1):
         return torch.bmm(weights, b)
     return batched(weights, b.transpose(1, 2), out=rows if not trains and (is_ours or scales_rows) else None)
