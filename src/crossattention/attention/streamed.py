@@ -347,8 +347,8 @@ class Stream:
     ) -> Partial:
         """Read the blocks that the state lacks; the merged result of all."""
         if state._done is not None:  # of a file, it lies on the CPU
-            partial, *place = state._done
-            state._done = (Partial(partial.output.to(queries.device), partial.lse.to(queries.device)), *place)
+            partial, count, rows = state._done
+            state._done = Partial(partial.output.to(queries.device), partial.lse.to(queries.device)), count, rows
         for block, mask in self.read_from(state.blocks, state.rows):
             merged, rows = state.partial, state.rows
             part = self.part(block, mask, rows, projected)
