@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossattention import CrossAttention, Plan
-from crossattention.attention import short
+from crossattention.attention import products, short
 from crossattention.layers import Rotary
 from crossattention.plan import TEXTBOOK, speeds_of, use_speeds
 from oracle import A, B, M, N, Z, gradients, make_inputs, make_layer
@@ -212,12 +212,24 @@ def test_the_plan_is_chosen_anew_where_plan_speeds_or_training_change(monkeypatc
     assert planned() == chosen
 
 
-def test_speeds_that_make_products_large_reach_the_quicker_library(monkeypatch):
-    layer = layer_of("textbook", dtype=torch.float32)
-    a, b = make_inputs(dtype=torch.float32)
-    assert short.way_of(layer, a, b).is_small
-    use_speeds({("cpu", "float32"): replace(speeds_of("cpu", "float32"), quick_from=1.0)})
-    assert not short.way_of(layer, a, b).is_small
+@pytest.mark.skipif(not products._has_onednn, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_products_that_the_speeds_in_use_call_large_reach_the_quicker_library(monkeypatch, plan):
+    layer, quick = layer_of(plan, dtype=torch.float32), []
+    onednn = products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *given: quick.append(1) or onednn(*given))
+    for m in (M, 20):
+        a, b = make_inputs(m=m, dtype=torch.float32)
+        use_speeds({("cpu", "float32"): replace(speeds_of("cpu", "float32"), quick_from=1e9)})
+        expected = layer(a, b)
+        assert short.way_of(layer, a, b).is_small and not quick
+        use_speeds({("cpu", "float32"): replace(speeds_of("cpu", "float32"), quick_from=1.0)})
+        assert not short.way_of(layer, a, b).is_small
+        assert_close(layer(a, b), expected)
+        with torch.no_grad():
+            assert_close(layer(a, b), expected)
+        assert len(quick) >= 2 * 4
+        quick.clear()
 
 
 def test_parts_dropout_and_autocast_are_seen(monkeypatch):
