@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossattention import CrossAttention, Plan
-from crossattention.attention import products, short
+from crossattention import CrossAttention, Plan, SelfAttention
+from crossattention.attention import products, self_attention, short
 from crossattention.layers import Rotary
 from crossattention.plan import TEXTBOOK, speeds_of, use_speeds
 from oracle import A, B, M, N, Z, gradients, make_inputs, make_layer
@@ -337,3 +337,72 @@ def test_what_is_kept_is_bounded(monkeypatch):
     for m in range(1, 8):
         layer(*make_inputs(m=m))
         assert len(short._ways) <= 3
+
+
+# --------------------------------------------------------------------------------------------------------- self-attention
+
+
+def sequence_layer(**settings):
+    layer = SelfAttention(12, heads=4, dtype=torch.float64, **settings)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return layer
+
+
+def without_the_short_way(monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(self_attention, "project_plainly", lambda *given: None)
+        return call()
+
+
+@pytest.mark.parametrize("masked", [None, "some", "an item"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_gives_by_its_short_way_what_the_long_one_gives(monkeypatch, causal, masked):
+    layer, x = sequence_layer(causal=causal), torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
+    mask = None if masked is None else torch.rand(3, 7) > 0.4
+    if masked == "an item":
+        mask[1] = False
+    found = layer(x, mask=mask)
+    wanted = without_the_short_way(monkeypatch, lambda: layer(x, mask=mask))
+    assert_close(found, wanted)
+    inputs = [x, *layer.parameters()]
+    for got, want in zip(gradients(found, inputs), gradients(wanted, inputs), strict=True):
+        assert_close(got, want)
+    with torch.no_grad():
+        assert_close(layer(x, mask=mask), wanted)
+
+
+@pytest.mark.parametrize("pieces", [(7,), (1, 1, 1, 1, 1, 1, 1), (3, 1, 2, 1)])
+def test_steps_of_self_attention_give_its_rows(monkeypatch, pieces):
+    layer, x = sequence_layer(causal=True), torch.randn(2, 7, 12, dtype=torch.float64)
+    wanted = without_the_short_way(monkeypatch, lambda: layer(x))
+    cache, rows = None, []
+    with torch.no_grad():
+        for piece in x.split(pieces, 1):
+            row, cache = layer.step(piece, cache)
+            rows.append(row)
+    assert_close(torch.cat(rows, 1), wanted)
+
+
+def test_what_a_projection_of_self_attention_does_besides_is_done():
+    layer, x = sequence_layer(causal=True), torch.randn(2, 7, 12, dtype=torch.float64)
+    plain, called = layer(x), []
+    handle = layer.k_proj.register_forward_hook(lambda module, given, out: called.append(out) or out * 2)
+    assert not torch.allclose(layer(x), plain) and len(called) == 1
+    handle.remove()
+    layer.v_proj = nn.Sequential(layer.v_proj)
+    assert_close(layer(x), plain)
+    torch.nn.utils.parametrize.register_parametrization(layer.q_proj, "weight", nn.Identity())
+    assert_close(layer(x), plain)
+
+
+def test_self_attention_drops_and_refuses_as_ever():
+    layer, x = sequence_layer(dropout=0.5), torch.randn(2, 7, 12, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+    for wrong in (torch.randn(2, 7, 11).double(), torch.randn(7, 12).double(), torch.randn(2, 7, 12)):
+        with pytest.raises(ValueError, match="the sequence"):
+            layer(wrong)
+    assert layer(x[:, :0]).shape == (2, 0, 12) and layer(x[:0]).shape == (0, 7, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x.float()).dtype == torch.bfloat16

@@ -34,6 +34,7 @@ from crossattention.plan.sizes import DTYPE_BYTES
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
     from crossattention.attention.prepared import PreparedQueries
+    from crossattention.attention.self_attention import SelfAttention
 
 _PLAIN = (Tensor, nn.Parameter)
 HALF = (torch.bfloat16, torch.float16)
@@ -235,6 +236,68 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor |
     if read.is_cpu:
         return read
     return read.masked_fill(~context_mask.any(1).view(z, 1, 1, 1), 0.0)  # other kernels may leave something there
+
+
+def project_plainly(layer: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries, keys and values (z, h, n, k) of a sequence (z, n, d) that is in order; None where more is asked for."""
+    if (
+        torch.compiler.is_compiling()  # first: a graph must not ask for lengths
+        or type(x) not in _PLAIN
+        or x.dim() != 3
+        or x.shape[2] != layer.dim
+        or not x.numel()
+        or layer.qk_norm is not None
+        or layer.positions is not None
+        or layer.kv_heads != layer.heads
+        or layer.head_dim != layer.value_head_dim
+        or torch._C._is_any_autocast_enabled()
+        or is_looked_into()
+        or torch_module._has_any_global_hook()
+        or (x.dtype in HALF and x.is_cpu and torch.is_grad_enabled())  # it may run in float32
+    ):
+        return None
+    z, n, _ = x.shape
+    modules, made = layer._modules, []
+    if not _is_plain_module(modules.get("out_proj")):
+        return None
+    is_small = not x.is_cpu or 2.0 * x.numel() * layer.heads * layer.head_dim < speeds.speeds_of("cpu", "float32").quick_from
+    product = F.linear if is_small else linear
+    for name in ("q_proj", "k_proj", "v_proj"):
+        module = modules.get(name)
+        if not _is_plain_module(module):
+            return None
+        weights: dict[str, Any] = module._parameters  # type: ignore[union-attr]
+        weight = weights["weight"]
+        if weight.dtype != x.dtype or weight.device != x.device or type(weight) not in _PLAIN:
+            return None
+        made.append(product(x, weight, weights["bias"]).view(z, n, layer.heads, layer.head_dim).transpose(1, 2))
+    return made[0], made[1], made[2]
+
+
+def read_plainly(
+    layer: SelfAttention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool
+) -> Tensor:
+    """The output (z, n, o) of what `project_plainly` gave: all positions, those of a mask (z, m), or those up to each position."""
+    if is_causal:
+        read = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=layer.scale)
+    else:
+        read = _fused(queries, keys, values, mask, layer.scale)
+    weights: dict[str, Any] = layer._modules["out_proj"]._parameters  # type: ignore[union-attr]
+    return linear(read.transpose(1, 2).flatten(2), weights["weight"], weights["bias"])
+
+
+def _is_plain_module(module: nn.Module | None) -> bool:
+    """Whether a projection is a `nn.Linear` without hooks, a forward of its own or a weight that is made anew at each call."""
+    if type(module) is not nn.Linear:
+        return False
+    held = module.__dict__
+    return "weight" in held["_parameters"] and not (
+        "forward" in held
+        or held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+    )
 
 
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None = None) -> Tensor:
