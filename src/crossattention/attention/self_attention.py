@@ -255,7 +255,7 @@ class SelfAttention(nn.Module):
 
         Cost: four projections and n n (k + v) multiply-adds a head.
         """
-        projected = project_plainly(self, x)
+        projected = project_plainly(self, x) if type(self) is SelfAttention else None  # a subclass may do more
         if projected is None:
             self._check(x)
         if mask is not None:
@@ -284,7 +284,7 @@ class SelfAttention(nn.Module):
         """
         if not self.is_causal:
             raise ValueError("step needs SelfAttention(causal=True): without it earlier outputs depend on later positions")
-        projected = project_plainly(self, x)
+        projected = project_plainly(self, x) if type(self) is SelfAttention else None  # a subclass may do more
         if projected is None:
             self._check(x)
         offset = 0 if cache is None else cache.length
