@@ -1,13 +1,15 @@
 """How fast is the planner's choice, and how much memory does it take, against every peer and against every plan?
 
-    python benchmarks/attention.py [--dtype bfloat16] [--train] [--device cuda] [--only "1 x 1,500"] [--json FILE] [--markdown]
+    python benchmarks/attention.py [--dtype bfloat16] [--train] [--device cuda [--graphs]] [--only "1 x 1,500"] [--json FILE]
+        [--markdown]
 
 Each row is one piece of work. The peers are hand-written projections with `F.scaled_dot_product_attention`, torch's, timm's,
 x-transformers' and Hugging Face's layers where they apply, all with the same weights; then every legal plan forced, and the
 planner's choice. Every result is compared with the hand-written one before anything is timed. All run in turn in one process;
 figures are medians; memory is the most that the tensors which one call makes hold at once, gradients included (the growth of the
-resident size is in the JSON). "times as fast" is the best peer's time over the choice's, "of best plan" the choice's time over that
-of the fastest forced plan.
+resident size is in the JSON). With --graphs each call is captured in a CUDA graph and its replays are timed: what the GPU takes,
+without the host's launches; calls that cannot be captured are left out. "times as fast" is the best peer's time over the choice's,
+"of best plan" the choice's time over that of the fastest forced plan.
 """
 
 import argparse
@@ -47,6 +49,7 @@ class Options:
     train: bool
     device: str
     budget: float
+    graphs: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
@@ -184,7 +187,12 @@ def measure(row: Row, options: Options) -> dict[str, object]:
             runs = {name: training_step(call, inputs, gradient) for name, call in calls.items()}
         checked, failed = check(row, runs, plans, inputs, options)
         runs = {name: run for name, run in runs.items() if name not in failed}
-        timings, hopeless = time_all(runs, plans, checked, options)
+        timed: dict[str, Callable[[], object]] = dict(runs)
+        if options.graphs:
+            timed, uncaptured = captured(runs)
+            failed |= uncaptured
+            runs = {name: run for name, run in runs.items() if name in timed}
+        timings, hopeless = time_all(timed, plans, checked, options)
         megabytes = weigh_all(runs, calls, inputs, options)
     contenders = {}
     for name in runs:
@@ -204,8 +212,37 @@ def measure(row: Row, options: Options) -> dict[str, object]:
     }
 
 
+def captured(runs: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The replay of a CUDA graph of each call, and the message of each that cannot be captured.
+
+    Raises:
+        SystemExit: a replay does not give what the call gives.
+    """
+    replays, failed = {}, {}
+    for name, run in runs.items():
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                expected = run().clone()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = run()
+        except RuntimeError as error:
+            if name in (AUTO, BY_HAND):
+                raise
+            torch.cuda.synchronize()
+            failed[name] = f"not captured: {str(error).strip().splitlines()[0]}"
+            continue
+        graph.replay()
+        if difference([out], [expected]) > 1e-2:
+            raise SystemExit(f"{name}: the graph's result is another than the call's")
+        replays[name] = graph.replay
+    return replays, failed
+
+
 def time_all(
-    runs: dict[str, Callable[[], Tensor]], plans: dict[str, Call], checked: dict[str, Checked], options: Options
+    runs: dict[str, Callable[[], object]], plans: dict[str, Call], checked: dict[str, Checked], options: Options
 ) -> tuple[dict[str, Timing], set[str]]:
     """Timings of all, and the names of those plans that the first warm-up round shows to be hopeless: that round is theirs.
 
@@ -271,6 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs; forward only")
     parser.add_argument("--only", default="", metavar="TEXT", help="part of a row's name")
     parser.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="time for a row; five rounds are run anyhow")
     parser.add_argument("--threads", type=int, default=2)
@@ -289,7 +327,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
     torch.set_float32_matmul_precision("highest")  # no TF32
-    options = Options(getattr(torch, given.dtype), given.train, given.device, given.budget)
+    if given.graphs and (given.device != "cuda" or given.train):
+        raise SystemExit("--graphs is for --device cuda without --train")
+    options = Options(getattr(torch, given.dtype), given.train, given.device, given.budget, given.graphs)
     print_machine()
     print_header(given.dtype, "training step" if given.train else "forward", given.device, given.markdown)
     results: list[dict[str, object]] = []

@@ -69,7 +69,9 @@ def main() -> None:
     for shape in random_shapes(given.seed):
         if len(rows) == given.shapes:
             break
-        if shape.textbook_flops() > (1e12 if given.device == "cpu" else 4e13) * given.limit:  # out of reach of any such machine: do not even try
+        if (
+            shape.textbook_flops() > (1e12 if given.device == "cpu" else 4e13) * given.limit
+        ):  # out of reach of any such machine: do not even try
             continue
         bench = Bench(shape, getattr(torch, given.dtype), given.train, given.device)
         if bench.textbook_seconds() > given.limit:

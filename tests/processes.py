@@ -21,7 +21,10 @@ PATIENCE = 240
 
 
 def join() -> tuple[int, int]:
-    """Join the process group (gloo); rank and number of processes. Where the group hangs, the stacks are printed."""
+    """Join the process group; rank and number of processes. Where the group hangs, the stacks are printed.
+
+    TEST_DEVICE and TEST_BACKEND name another device than the CPU, for all tensors, and another backend than gloo.
+    """
     import torch
     import torch.distributed as dist
 
@@ -29,7 +32,10 @@ def join() -> tuple[int, int]:
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(os.environ["MEETING_FILE"], world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE))
+    backend, device = os.environ.get("TEST_BACKEND", "gloo"), os.environ.get("TEST_DEVICE", "cpu")
+    if device != "cpu":
+        torch.set_default_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE))
     return rank, world
 
 
@@ -41,7 +47,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def started(program: Path, world: int, arguments: Sequence[str] = ()) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+def started(
+    program: Path, world: int, arguments: Sequence[str] = (), **more: str
+) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
     """`world` processes of a program, and the files that they write to; all are ended at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / f"{rank}.txt" for rank in range(world)]
@@ -53,7 +61,9 @@ def started(program: Path, world: int, arguments: Sequence[str] = ()) -> Iterato
                 where |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
                 with place.open("w") as file:
                     command = [sys.executable, str(program), *arguments]
-                    children.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**where)))
+                    children.append(
+                        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**where, **more))
+                    )
             yield children, places
         finally:
             for child in children:
@@ -61,9 +71,14 @@ def started(program: Path, world: int, arguments: Sequence[str] = ()) -> Iterato
                 child.wait()
 
 
-def run_processes(program: Path, world: int, arguments: Sequence[str] = (), *, timeout: float = 4 * PATIENCE) -> list[str]:
-    """What each of `world` processes of a program prints; all end when one fails, and an AssertionError tells what each said."""
-    with started(program, world, arguments) as (children, places):
+def run_processes(
+    program: Path, world: int, arguments: Sequence[str] = (), *, timeout: float = 4 * PATIENCE, **more: str
+) -> list[str]:
+    """What each of `world` processes of a program prints; all end when one fails, and an AssertionError tells what each said.
+
+    `more` are further variables of their environment.
+    """
+    with started(program, world, arguments, **more) as (children, places):
         fault = _wait(children, timeout)
         said = [place.read_text(errors="replace") for place in places]
         told = "\n".join(f"-- process {rank}, {child.returncode}:\n{said[rank][-8000:]}" for rank, child in enumerate(children))

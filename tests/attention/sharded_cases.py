@@ -37,7 +37,7 @@ def case(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("length",))
+    return init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),), mesh_dim_names=("length",))
 
 
 def near(found, wanted, what="", largest=1.0):
@@ -49,7 +49,8 @@ def near(found, wanted, what="", largest=1.0):
     if wanted.numel():
         largest = max(largest, wanted.abs().max().item())
         worst = (found.double() - wanted.double()).abs().max().item() / largest
-        assert worst <= NEAR[wanted.dtype], f"{what}: {worst:.1e}"
+        allowed = NEAR[wanted.dtype] * (1 if wanted.device.type == "cpu" else 4)  # a GPU adds up in another order each time
+        assert worst <= allowed, f"{what}: {worst:.1e}"
 
 
 def own(lengths):
@@ -269,7 +270,7 @@ def half_precision_and_autocast():
     layer.float()
     wanted = layer.double()(a.double(), b.double())
     layer.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         plain = (layer(a, b).double() - wanted).abs().max()
         out = layer(a, as_shards(b))
         assert out.dtype == torch.bfloat16
@@ -324,7 +325,7 @@ def a_mesh_of_batch_and_length():
     world = dist.get_world_size()
     if world != 4:
         return
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "length"))
+    both = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("batch", "length"))
     layer = make_layer()
     a, b = make_inputs(m=M)
     wanted = layer(a, b)
@@ -348,7 +349,7 @@ def a_mesh_of_batch_and_length():
 def batches_that_a_mesh_cannot_share_evenly():
     if dist.get_world_size() != 4:
         return
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "length"))
+    both = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("batch", "length"))
     for z in (1, 3, 5):
         for plan in (Plan(), Plan("context", "context")):
             torch.manual_seed(9)

@@ -63,7 +63,7 @@ def test_first_and_second_derivatives_of_the_operator():
 def test_transforms_autocast_and_other_dtypes_are_left_to_torch(quick):
     x, weight = torch.randn(3, 4, 5), torch.randn(6, 5)
     torch.testing.assert_close(torch.func.vmap(lambda one: products.linear(one, weight))(x), F.linear(x, weight))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert products.linear(x, weight).dtype == torch.bfloat16
     assert products.linear(x.double(), weight.double()).dtype == torch.float64
     _, slope = torch.func.jvp(lambda one: products.linear(one, weight), (x,), (torch.ones_like(x),))

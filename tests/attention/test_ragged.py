@@ -408,7 +408,7 @@ def test_autocast_and_projections_of_other_kinds_are_taken() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.k_proj = nn.Sequential(layer.k_proj)
     a, b = items((2, 3), A, dtype=torch.float32), items((4, 6), B, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         for i, out in enumerate(layer(a, b)):
             assert out.dtype == torch.bfloat16
             assert_close(out, layer(a[i][None], b[i][None])[0])
@@ -417,7 +417,7 @@ def test_autocast_and_projections_of_other_kinds_are_taken() -> None:
 # ------------------------------------------------------------------------------------------ one launch on CUDA
 
 
-def varlen_by_hand(queries, keys, values, of_queries, of_keys, most_queries, most_keys, *, scale, enable_gqa):
+def varlen_by_hand(queries, keys, values, of_queries, of_keys, most_queries, most_keys, *, scale, enable_gqa=False):
     """What torch.nn.attention.varlen says that it does, item by item; NaN where a context is empty."""
     found = []
     for item in range(len(of_queries) - 1):
@@ -432,15 +432,14 @@ def varlen_by_hand(queries, keys, values, of_queries, of_keys, most_queries, mos
 
 @pytest.mark.parametrize("plan", [plan for plan in ALL_PLANS if plan.values != "output"], ids=str)
 @pytest.mark.parametrize("kv_heads", [H, 2])
-def test_what_varlen_is_handed_is_the_call(plan: Plan, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself needs CUDA; here its place is taken by what its documentation says."""
-    import torch.nn.attention.varlen as varlen
-
+@pytest.mark.parametrize("shares_heads", [True, False])
+def test_what_varlen_is_handed_is_the_call(plan: Plan, kv_heads: int, shares_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself needs CUDA; here its place is taken by what its documentation says. Older ones share no heads."""
     layer, b = make_layer(plan, kv_heads=kv_heads, bias=("v_proj", "out_proj")), items(CONTEXT_LENGTHS, B)
     a, learned, beams = items(QUERY_LENGTHS, A), torch.randn(3, A), torch.randn(len(b), 2, 3, A)
     prepared = layer.prepare(b)
     wanted = [layer.attend(queries, prepared) for queries in (a, learned.double(), beams.double())]
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(ragged_file.attend_varlen, "_kernel", lambda: (varlen_by_hand, shares_heads))
     monkeypatch.setattr(ragged_file.attend_varlen, "takes", lambda *args: True)
     for queries, right in zip((a, learned.double(), beams.double()), wanted, strict=True):
         for out, one in zip(layer.attend(queries, prepared), right, strict=True):

@@ -20,6 +20,15 @@ def test_processes_that_share_a_context_get_what_one_gets(world):
         assert len(lines) == CASES.read_text().count("\n@case\n")
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "backend"), [(1, "nccl"), (2, "gloo")])
+def test_the_same_on_a_gpu(world, backend):
+    for said in run_processes(CASES, world, TEST_DEVICE="cuda", TEST_BACKEND=backend):
+        lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"passed"')]
+        assert len(lines) == CASES.read_text().count("\n@case\n")
+
+
 @pytest.mark.slow
 def test_a_case_that_fails_in_one_process_ends_all_and_says_why():
     with pytest.raises(AssertionError, match="a process failed"):

@@ -95,7 +95,7 @@ def test_float32_and_half_precision(plan: Plan) -> None:
 
 def test_autocast_is_that_of_the_forward_pass_in_the_backward_pass() -> None:
     layer, (a, b) = make_layer(dtype=torch.float32), make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out, whole = layer.attend_blocks(a, in_blocks(b)), layer(a, b)
     assert out.dtype == torch.bfloat16
     for found, right in zip(grads(out, [*layer.parameters()]), grads(whole, [*layer.parameters()]), strict=True):
@@ -187,7 +187,7 @@ def test_an_interrupted_pass_goes_on_from_its_state(tmp_path: Path) -> None:
 def test_a_state_of_blocks_that_were_cut_otherwise_is_refused(tmp_path: Path) -> None:
     layer, (a, b) = make_layer(), make_inputs()
     kept = tmp_path / "rows.npy"
-    np.save(kept, b[0].numpy())
+    np.save(kept, b[0].cpu().numpy())
     one = a[:1]
 
     def stop(state: BlocksState) -> None:

@@ -42,7 +42,7 @@ def test_it_has_second_derivatives_and_needs_not_both_inputs() -> None:
 
 def test_it_is_the_written_out_one_under_autocast_and_refuses_other_shapes() -> None:
     x, weight, labels = _inputs(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         logits = F.linear(x, weight).float()
         found = summed_cross_entropy(x, weight, labels)
     assert torch.allclose(found, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), rtol=1e-5)

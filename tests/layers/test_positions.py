@@ -251,7 +251,7 @@ def test_bfloat16_stays_near_float64(name: str) -> None:
     layer = CrossAttention(6, 9, positions=part, **SIZES)
     a, b = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 7, 9, dtype=torch.float64)
     wanted = layer(a, b)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert_close(layer.float()(a.float(), b.float()), wanted, dtype=torch.bfloat16)
     assert_close(layer.bfloat16()(a.bfloat16(), b.bfloat16()), wanted, dtype=torch.bfloat16)
 

@@ -88,6 +88,6 @@ def test_under_autocast_the_weights_are_float32_numbers_that_sum_to_one(masked):
     mask = torch.randn(5, 7) if masked else None
     for plan in CANDIDATES:
         layer = CrossAttention(48, 32, heads=4, plan=plan)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
             weights = attention_map(layer, torch.randn(2, 5, 48), torch.randn(2, 7, 32), attn_mask=mask)
         assert weights.dtype == torch.float32 and (weights.sum(-1) - 1).abs().max() < 1e-5, plan

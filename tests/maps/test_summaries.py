@@ -166,7 +166,7 @@ def test_under_autocast_rows_are_those_of_the_layer_s_precision():
     layer = make_layer("textbook", dtype=torch.float32)
     a, b = make_inputs(dtype=torch.float32)
     exact = attention_map(layer, a, b, [Rows(range(N))])[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         rows, _ = attention_map(layer, a, b, [Rows(range(N)), Highlight(heads="mean")])
         late = attention_map(layer, a, b, [Rows(range(N))])[0]
         mass = attention_map(layer, a, layer.prepare(b), [Highlight()])[0]

@@ -138,7 +138,7 @@ def test_recording_sees_both_fusions_of_each_encoder_and_their_maps_are_the_laye
 
 def test_autocast_and_bfloat16_run() -> None:
     model = small().float()
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16), torch.no_grad():
         cast = model(images().float())
     assert torch.allclose(cast.float(), model(images().float()), atol=5e-2)
     assert model.bfloat16()(images().bfloat16()).dtype == torch.bfloat16

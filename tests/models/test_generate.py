@@ -100,7 +100,7 @@ def test_the_cases_above_have_both_ends_and_cuts() -> None:
     assert len({len(hypothesis.ids) for row in found for hypothesis in row}) > 2
 
 
-@pytest.mark.parametrize("alpha", [0.6, 0.0, -0.7])
+@pytest.mark.parametrize("alpha", [0.6, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (0.0, -0.7))])
 def test_with_room_for_everything_beam_search_finds_the_best_of_all_sequences(alpha: float) -> None:
     model = tiny(vocab_size=6)
     source, mask = sources(3)

@@ -409,7 +409,7 @@ def test_autocast_is_near(name: str) -> None:
     model, inputs = model_of(name, torch.float32), inputs_of(name, torch.float32)
     with torch.no_grad():
         wanted = model(inputs)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             out = model(inputs)
             again = model(inputs)
         assert_close(model(inputs), wanted)  # what autocast kept is not what full precision reads

@@ -356,7 +356,7 @@ def test_bfloat16_autocast_and_weights_stay_near_float64(norm: str) -> None:
     source, target, mask = pair()
     wanted = model(source, target, mask)
     scale = wanted.abs().max().item()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         logits = model.float()(source, target, mask)
     assert logits.dtype == torch.bfloat16
     assert (logits - wanted).abs().max() < TOLERANCES[torch.bfloat16] * scale
@@ -368,7 +368,7 @@ def test_bfloat16_autocast_and_weights_stay_near_float64(norm: str) -> None:
 def test_autocast_trains_and_steps() -> None:
     model = tiny(dtype=torch.float32)
     source, target, mask = pair()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         loss = label_smoothed_cross_entropy(model(source, target, mask), target, pad_id=0)
         prepared = model.prepare(model.encode(source, mask), mask)
         first, caches = model.step(target[:, :1], prepared)

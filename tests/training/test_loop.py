@@ -243,7 +243,7 @@ def test_a_long_warm_up_is_mentioned(tmp_path):
 # ---- resuming
 
 
-@pytest.mark.parametrize("stop", [1, 6, 7, 10, 19])
+@pytest.mark.parametrize("stop", [1, 10, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (6, 7, 19))])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, stop):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     events = list(train(ToyTask(), toy_config(), straight))
@@ -484,6 +484,7 @@ def test_minutes_are_measured_kept_and_filled_with_evaluations(tmp_path, clock):
         assert event.seconds_left == pytest.approx(events[-1].seconds - event.seconds, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_machine_that_becomes_slower_does_not_lengthen_the_minutes(tmp_path, clock):
     class Tiring(ToyTask):
         def batch_at(self, step):
@@ -510,6 +511,7 @@ def test_a_resumed_run_keeps_to_the_steps_that_its_minutes_became(tmp_path, cloc
     assert slower[-1].seconds == pytest.approx(100 * 0.1 + 197 * 0.5)
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_stopped_while_measuring_measures_again(tmp_path, clock):
     out = tmp_path / "run"
     config = toy_config(minutes=0.5, evaluations=3)

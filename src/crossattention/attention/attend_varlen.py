@@ -5,9 +5,11 @@ Legend: t rows of all items' queries, u of all contexts, h heads, g key-value he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,19 @@ def takes(layer: CrossAttention, prepared: PreparedRagged, queries: Tensor, attn
         and queries.shape[3] <= keys.shape[3] == values.shape[3] <= WIDEST
         and keys.shape[3] % 8 == 0
         and 0 not in (queries.shape[2], keys.shape[2])
+        and _kernel()[0] is not None
     )
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> tuple[Callable[..., Any] | None, bool]:
+    """`varlen_attn`, None where this torch has none (before 2.10), and whether it takes fewer heads of keys than of queries."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    known = inspect.signature(varlen_attn).parameters
+    return (varlen_attn if "scale" in known else None), "enable_gqa" in known
 
 
 def read(
@@ -56,14 +70,16 @@ def read(
         What the heads read (1, h, t, c), zero where a context is empty, and the sums of the rows of weights (1, 1, t, 1), None
         where all are one.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
+    attend, shares_heads = _kernel()
+    assert attend is not None
     heads, groups = max(queries.shape[0], keys.shape[0], values.shape[0]), max(keys.shape[0], values.shape[0])
+    groups = groups if shares_heads else heads
     queries = widen(queries, keys.shape[2]).expand(heads, -1, -1)
     by_head = (queries, spread(keys.unsqueeze(0), groups)[0], spread(values.unsqueeze(0), groups)[0])
     rows = [tensor.transpose(0, 1).contiguous() for tensor in by_head]
     ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=queries.device) for lengths in (asked, taken)]
-    out = varlen_attn(rows[0], rows[1], rows[2], ends[0], ends[1], max(asked), max(taken), scale=scale, enable_gqa=heads != groups)
+    more = {"enable_gqa": True} if heads != groups else {}
+    out = attend(rows[0], rows[1], rows[2], ends[0], ends[1], max(asked), max(taken), scale=scale, **more)
     assert isinstance(out, Tensor)
     sums = None
     if 0 in taken:  # said by us, whatever the kernel leaves there

@@ -429,14 +429,24 @@ def _backward_whole_rows(work: _Work, grads: _Gradients, grad: Tensor, sums_head
         if grads.wanted[0] or grads.wanted[1]:
             weight_grads = block.weight_grads(work, heads, everything)
             # In place: a row's sum is taken before any of it is written.
-            if _is_across(weights):
-                into = weight_grads.transpose(1, 2)
-                torch.ops.aten._softmax_backward_data.out(into, weights.transpose(1, 2), 1, weights.dtype, grad_input=into)
-            else:
-                torch.ops.aten._softmax_backward_data.out(weight_grads, weights, -1, weights.dtype, grad_input=weight_grads)
+            into, first, second = _by_memory(weight_grads)
+            made, dim = weights.transpose(first, second), 1 if (first, second) == (1, 2) else 2
+            torch.ops.aten._softmax_backward_data.out(into, made, dim, made.dtype, grad_input=into)
             block.score_grads = _flat_scores(work, weight_grads)
             del weight_grads
         grads.add_block(work, heads, queries, everything, block)
+
+
+def _by_memory(grads: Tensor) -> tuple[Tensor, int, int]:
+    """Three-dimensional gradients with two dimensions swapped, so that they lie whole in memory, and which two.
+
+    Torch writes the gradient of a softmax into a tensor of any other layout as if it were contiguous (2.11 and 2.14).
+    """
+    for first, second in ((0, 0), (1, 2), (0, 1)):
+        laid = grads.transpose(first, second)
+        if laid.is_contiguous():
+            return laid, first, second
+    raise AssertionError(f"a block of gradients has strides {grads.stride()}")
 
 
 def _backward_in_parts(work: _Work, grads: _Gradients, grad: Tensor, out: Tensor, normaliser: Tensor) -> None:

@@ -189,7 +189,7 @@ class _ByDistance(torch.autograd.Function):
             q, k, v, g = (heads_first(tensor[block, heads]) for tensor in (queries, keys, values, grad))
             placed, some_scaled = _placed(q, None if bias is None else bias[heads]), scaled[heads]
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-            dk, dv = (torch.empty(tensor.shape, dtype=q.dtype) for tensor in (k, v))
+            dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (k, v))
             if len(spans) > 1:
                 dk.zero_(), dv.zero_()
             kept_before = 1.0 if len(spans) > 1 else 0.0  # of the gradients of keys and values, which each span adds to
@@ -253,7 +253,7 @@ def _cut(scores: Tensor, span: tuple[int, int, int], layout: _Layout, mask: Tens
     begin, end, m = span
     if layout.is_causal and end - begin > 1:
         rows = end - begin
-        later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+        later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
         scores[:, :, m - rows :].masked_fill_(later, -math.inf)
     if mask is None:
         torch.softmax(scores, -1, out=scores)

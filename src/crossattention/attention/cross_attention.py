@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from crossattention.attention import execute
+from crossattention.attention import execute, short
 from crossattention.attention.by_distance import attend_by_distance, runs_by_distance
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
@@ -29,7 +29,7 @@ from crossattention.attention.prepared import (
     Stamp,
     fingerprint,
 )
-from crossattention.attention.products import is_traced, is_transformed
+from crossattention.attention.products import is_cast, is_looked_into
 from crossattention.attention.ragged import PreparedRagged, attend_ragged, contexts_of, forward_ragged, prepare_ragged
 from crossattention.attention.score_rows import ScoreRows
 from crossattention.attention.sequences import Rows, Sequences, is_ragged
@@ -37,7 +37,6 @@ from crossattention.attention.sequences import check_is_tensor as check_is_tenso
 from crossattention.attention.sharded import RAGGED_ON_SHARDS, PreparedShard, attend_shard, is_sharded, prepare_shard
 from crossattention.attention.streamed import BlocksState, attend_streamed
 from crossattention.plan import TEXTBOOK, Choice, Forbidden, Plan, PlanError, Sizes, Speeds, choose_plan
-from crossattention.plan.blocks import NARROW_ROW
 from crossattention.plan.plans import reasons_against
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -381,6 +380,14 @@ class CrossAttention(nn.Module):
             return False
         return b.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
+    def _runs_its_own(self) -> bool:
+        """Whether a call runs through this class's own methods: recordings put others in their place, and subclasses may."""
+        own = type(self)
+        return (
+            self.__dict__.keys().isdisjoint(_OWN_NAMES)
+            and (own.forbidden, own._plan_of, own._prepare, own._attend) == _OWN  # methods of classes compare by identity
+        )
+
     # ------------------------------------------------------------------------------------------------- running
 
     def forward(
@@ -415,6 +422,15 @@ class CrossAttention(nn.Module):
 
         Cost: see `plan_for`.
         """
+        if not torch.compiler.is_compiling() and self._runs_its_own() and (way := short.way_of(self, a, b)) is not None:
+            assert isinstance(a, Tensor) and isinstance(b, Tensor)
+            if attn_mask is None and query_positions is None and context_positions is None:
+                out = short.run(self, a, b, context_mask, way)
+                if out is not None:
+                    return out
+            return self._attend(
+                a, self._prepare(b, context_mask, context_positions, way.plan, stamped=False), attn_mask, query_positions
+            )
         of_context = {"context_mask": context_mask, "context_positions": context_positions}
         if is_ragged(a) or is_ragged(b):
             if is_sharded(b):
@@ -432,8 +448,8 @@ class CrossAttention(nn.Module):
                 shares_queries=a.dim() == 2,
                 context_positions=context_positions,
             )
-            out: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
-            return out
+            of_shards: Tensor = self.attend(a, prepared, attn_mask=attn_mask, query_positions=query_positions)
+            return of_shards
         check_is_tensor("context", b)
         assert isinstance(b, Tensor)
         self._check_shapes(tuple(a.shape), tuple(b.shape))
@@ -665,7 +681,7 @@ class CrossAttention(nn.Module):
         """
         if attn_mask is None and query_positions is None and context_mask is None and self._is_plain_step(a, prepared):
             assert isinstance(a, Tensor) and isinstance(prepared, PreparedContext)
-            return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+            return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
         if not isinstance(prepared, PreparedContext | PreparedRagged | PreparedShard):
             raise TypeError(
                 f"attend expects what this layer's prepare returned, got {type(prepared).__name__}; for a raw context call "
@@ -710,6 +726,7 @@ class CrossAttention(nn.Module):
             blocks: tensors (z, m, b), or (m, b) where z is 1, each of any length; or pairs of one and a bool mask (z, m) or (m,),
                 True = may be attended. A generator, a list, or a file (`crossattention.data.row_files.RowFile`). The backward pass
                 reads them a second time, so an iterator, which can be read once, is taken only where no gradient is asked for.
+                Blocks on the CPU go to the queries' device one by one.
             progress: called after each block with the state, whose `.rows` and `.blocks` tell how far the pass is.
             state: an empty `BlocksState` that is brought up to date after each block; one of an interrupted pass, from which this
                 call goes on with the same blocks, after those that it has.
@@ -766,9 +783,9 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         if attn_mask is None and query_positions is None:
             if isinstance(a, Tensor) and self._is_plain_step(a, prepared):
-                return execute.attend_plainly(self, a, prepared.keys, prepared.values)
+                return short.attend_plainly(self, a, prepared.keys, prepared.values, prepared.mask)
             if self._is_plain_read_of_b(a, prepared):
-                return execute.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel)
+                return short.attend_b_plainly(self, a, prepared.keys[:, 0], prepared.plan.kernel, prepared.mask)
         if isinstance(a, Tensor) and attn_mask is None and execute.learns_scores(self.positions):
             out = self._attend_by_distance(a, prepared, query_positions)
             if out is not None:
@@ -802,24 +819,28 @@ class CrossAttention(nn.Module):
         return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
 
     def _joins_key_bias(self, prepared: PreparedContext | PreparedRagged) -> bool:
-        """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained."""
+        """Whether the extra score of each key goes in as a column of the keys: no kernel is fused for a mask that is trained.
+
+        A GPU's kernels are quicker without any mask, and would round it to half precision.
+        """
         bias = prepared.key_bias
-        is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        return is_trained and prepared.plan.kernel != "explicit" and self.scale != 0.0
+        if bias is None or prepared.plan.kernel == "explicit" or self.scale == 0.0:
+            return False
+        return bias.device.type != "cpu" or (bias.requires_grad and torch.is_grad_enabled())
 
     def _is_plain(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
         """Whether nothing stands beside the products of a plan and no graph is traced; of lengths, none is zero."""
         return (
             not torch.compiler.is_compiling()  # first: a graph must not ask for lengths
-            and prepared.mask is None
             and self.qk_norm is None
             and self.positions is None
             and self.kv_heads == self.heads
             and not (self.training and self.dropout)
-            and (a.dim() == 3 or type(a) is PreparedQueries)
-            and a.shape[-2] > 0
-            and prepared.keys.shape[2] > 0
-            and not torch.is_autocast_enabled(a.device.type)
+            and (a.dim() > 2 or type(a) is PreparedQueries)
+            and 0 not in a.shape
+            and 0 not in prepared.keys.shape
+            and not torch._C._is_any_autocast_enabled()
+            and ((prepared.mask is None and a.dim() < 4) or not (_trains_in_half(prepared) or is_looked_into()))
         )
 
     def _is_plain_step(self, a: Rows | PreparedQueries, prepared: PreparedContext | PreparedRagged | PreparedShard) -> bool:
@@ -836,7 +857,7 @@ class CrossAttention(nn.Module):
             and self._is_plain(a, prepared)
             and self.head_dim == self.value_head_dim
             and a.shape[0] == keys.shape[0]
-            and a.shape[2] == self.query_dim
+            and a.shape[-1] == self.query_dim
             and weight is not None
             and a.dtype == weight.dtype == keys.dtype == prepared.values.dtype
             and a.device == weight.device
@@ -844,18 +865,15 @@ class CrossAttention(nn.Module):
         )
 
     def _is_plain_read_of_b(self, a: Tensor | PreparedQueries, prepared: PreparedContext) -> bool:
-        """Whether a B that is kept as it is can be read in few steps, without gradients."""
+        """Whether a B that is kept as it is can be read in few steps."""
         plan = prepared.plan
         return (
             plan.scores == plan.values == "context"
             and plan.kernel != "blocked"
             and self._is_plain(a, prepared)
-            and (plan.kernel == "fused" or prepared.keys.shape[2] > NARROW_ROW)
-            and not torch.is_grad_enabled()
-            and prepared.keys.dtype in (torch.float32, torch.float64)
+            and not _trains_in_half(prepared)
             and (a.dtype == prepared.keys.dtype if isinstance(a, Tensor) else a.queries.dtype == prepared.keys.dtype)
-            and not is_transformed()
-            and not is_traced()
+            and not is_looked_into()
         )
 
     def _meet(
@@ -881,7 +899,7 @@ class CrossAttention(nn.Module):
             bias = added if bias is None else bias + added
         is_learned = bias is not None and prepared.key_bias is None and execute.learns_scores(self.positions)
         masks = (prepared.mask, attn_mask, bias, prepared.context_length)
-        return queries, combine_masks(*masks, queries.dtype, queries.device, is_learned=is_learned)
+        return queries, combine_masks(*masks, queries.dtype, is_learned=is_learned)
 
     def _ask(
         self, a: Tensor | PreparedQueries, prepared: PreparedContext, query_positions: Tensor | None
@@ -1044,7 +1062,7 @@ class CrossAttention(nn.Module):
     def _check_dtype(self, a: Tensor, prepared: PreparedContext | PreparedRagged) -> None:
         """Whether queries have the dtype that the context was prepared in."""
         made = next((t.dtype for t in (prepared.keys, prepared.values) if t.dtype != a.dtype), None)
-        if made is not None and not torch.is_autocast_enabled(a.device.type):
+        if made is not None and not is_cast(a):
             raise ValueError(
                 f"the prepared context is {made} but the queries are {a.dtype}; attend under the "
                 "torch.autocast that prepare ran under, or prepare again outside of it"
@@ -1117,12 +1135,14 @@ class CrossAttention(nn.Module):
             )
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
-        weight = floating_weight(self.q_proj)
+        module = self._modules.get("q_proj")  # asked of its table, as an attribute takes as long as all else here
+        weight: Tensor | None = module._parameters.get("weight") if type(module) is nn.Linear else None
+        weight = floating_weight(self.q_proj) if weight is None or not weight.is_floating_point() else weight
         if weight is None:  # quantised: what it takes is for it to say
             return
         if tensor.device != weight.device:
             raise ValueError(f"{name} are on {tensor.device} but the layer's weights on {weight.device}; move one of them")
-        if tensor.dtype == weight.dtype or torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype == weight.dtype or is_cast(tensor):
             return
         raise ValueError(
             f"{name} are {tensor.dtype} but the layer's weights are {weight.dtype}; convert one, or run under torch.autocast"
@@ -1156,6 +1176,15 @@ class CrossAttention(nn.Module):
             f"query_dim={self.query_dim}, context_dim={self.context_dim}, heads={self.heads}, head_dim={self.head_dim}"
             f"{values}{groups}{out}{plan}"
         )
+
+
+_OWN_NAMES = ("forbidden", "_plan_of", "_prepare", "_attend")
+_OWN = (CrossAttention.forbidden, CrossAttention._plan_of, CrossAttention._prepare, CrossAttention._attend)
+
+
+def _trains_in_half(prepared: PreparedContext) -> bool:
+    """Whether a backward pass may follow in half precision, for which other kernels may be taken."""
+    return prepared.keys.dtype in short.HALF and torch.is_grad_enabled()
 
 
 # ------------------------------------------------------------------------------------------- construction, shared
@@ -1218,8 +1247,8 @@ def _named_weights(name: str, module: nn.Module | None) -> list[tuple[str, Tenso
         return []
     if type(module) is not nn.Linear or "weight" not in module._parameters:  # pruned: made anew at each call, of another
         return [(f"{name}.{path}", weight) for path, weight in module.named_parameters()]
-    named: list[tuple[str, Tensor]] = [(f"{name}.weight", module.weight)]
-    return named if module.bias is None else [*named, (f"{name}.bias", module.bias)]
+    held = module._parameters
+    return [(f"{name}.{path}", weight) for path, weight in held.items() if weight is not None]
 
 
 def floating_weight(*projections: nn.Module) -> Tensor | None:

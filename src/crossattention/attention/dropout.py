@@ -24,9 +24,9 @@ def drawn_factors(shape: Sequence[int], dropout: float, dtype: torch.dtype, devi
     if not is_cheap(device):
         return torch.empty(shape, dtype=dtype, device=device).bernoulli_(1.0 - dropout), 1.0 / (1.0 - dropout)
     level = min(round(dropout * _LEVELS), _LEVELS - 1)
-    factors = torch.empty(shape, dtype=dtype)
+    factors = torch.empty(shape, dtype=dtype, device=device)
     count = factors.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:count]
     torch.ge(bits.view(factors.shape), level - _LEVELS // 2, out=factors)
     return factors, _LEVELS / (_LEVELS - level)
 

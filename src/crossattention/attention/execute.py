@@ -10,6 +10,7 @@ g key-value heads, s = h / g heads that share one, k/v head widths, c/w widths i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,14 +22,24 @@ from crossattention.attention.dropout import drawn_factors
 from crossattention.attention.fused import attend_fused, to_one_width, widen
 from crossattention.attention.learned import attend_learned, runs_learned
 from crossattention.attention.masks import ScoreMask
-from crossattention.attention.products import batched, is_traced, is_transformed, linear, project
+from crossattention.attention.products import (
+    batched,
+    batched_into_float,
+    is_cast,
+    is_traced,
+    is_transformed,
+    linear,
+    multiplies_into_float,
+    project,
+    unrounded,
+    without_autocast,
+)
 from crossattention.plan import Plan
 from crossattention.plan.blocks import NARROW_ROW
 
 if TYPE_CHECKING:
     from crossattention.attention.cross_attention import CrossAttention
     from crossattention.attention.parts import PositionPart, QueryKeyNorm
-    from crossattention.attention.prepared import PreparedQueries
 
 
 class HasParts(Protocol):
@@ -67,7 +78,7 @@ def make_keys(layer: CrossAttention, space: str, b: Tensor, positions: Tensor | 
     if layer.q_proj.bias is None:
         return keys, None
     keys_zmgk = unrounded(keys_zmgk)
-    with torch.autocast(b.device.type, enabled=False):  # an extra score, and scores are float32 numbers
+    with without_autocast(b):  # an extra score, and scores are float32 numbers
         bias = _grouped_rows(layer.q_proj.bias, layer).to(keys_zmgk.dtype)
         key_bias = torch.einsum("zmgk,gsk->zgsm", keys_zmgk, bias).flatten(1, 2)
     return keys, key_bias * layer.scale
@@ -144,12 +155,17 @@ def _project_unrounded(projection: nn.Module, b: Tensor) -> Tensor:
         return project(projection, b)
     assert isinstance(projection, nn.Linear)
     bias = None if projection.bias is None else projection.bias.float()
+    if multiplies_into_float(b, projection.weight):
+        product = batched_into_float(b.reshape(1, -1, b.shape[-1]), projection.weight.unsqueeze(0)).view(
+            *b.shape[:-1], projection.weight.shape[0]
+        )
+        return product if bias is None else product + bias
     return F.linear(b.float(), projection.weight.float(), bias)
 
 
 def _rounded(product: Tensor, b: Tensor) -> Tensor:
     """A product of B in B's dtype; under autocast it is in autocast's dtype already, and stays so."""
-    return product if torch.is_autocast_enabled(b.device.type) else product.to(b.dtype)
+    return product if is_cast(b) else product.to(b.dtype)
 
 
 def place_keys(layer: HasParts, keys: Tensor, positions: Tensor | None) -> Tensor:
@@ -203,16 +219,16 @@ def join_key_bias(queries: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tens
     return torch.cat((queries, ones), -1), torch.cat((keys[..., :width], column), -1)
 
 
-def _by_group(heads_zhnk: Tensor, weight_gck: Tensor) -> Tensor:
+def _by_group(heads_zhnk: Tensor, weight_gck: Tensor, product: Callable[[Tensor, Tensor], Tensor] = batched) -> Tensor:
     """Each head (z, h, n, k) times the weight (g, c, k) of its group, transposed: (z, h, n, c)."""
     z, heads, n, k = heads_zhnk.shape
     groups, width, _ = weight_gck.shape
     share = heads // groups
     if share == 1:
         single = heads_zhnk.transpose(0, 1).reshape(heads, z * n, k)
-        return batched(single, weight_gck).view(heads, z, n, width).transpose(0, 1)
+        return product(single, weight_gck).view(heads, z, n, width).transpose(0, 1)
     grouped = heads_zhnk.unflatten(1, (groups, share)).transpose(0, 1).reshape(groups, z * share * n, k)
-    return batched(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
+    return product(grouped, weight_gck).view(groups, z, share, n, width).transpose(0, 1).flatten(1, 2)
 
 
 def place_queries(layer: HasParts, queries: Tensor, positions: Tensor | None) -> Tensor:
@@ -269,9 +285,9 @@ def attend_heads(
             out = attend_fused(queries, keys, values, mask, scale)
             return (unrounded(out).sum(1, keepdim=True) if sums_heads else out.to(queries.dtype)), mask.live
         if not is_transformed():
-            with torch.autocast(queries.device.type, enabled=False):
+            with without_autocast(queries):
                 return attend_blocks(queries, keys, values, mask.tensor, mask.live, scale, sums_heads), mask.live
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         weights = explicit_weights(queries, keys, mask, scale)
         if dropout > 0.0:
             weights = weights * _dropout_factors(weights, dropout)
@@ -285,12 +301,16 @@ def explicit_weights(queries: Tensor, keys: Tensor, mask: ScoreMask, scale: floa
     """The weights (z, h, n, m) themselves; half precision is computed in float32, as the fused kernels do inside."""
     mask = mask.joined()
     dtype = torch.float32 if queries.dtype in (torch.bfloat16, torch.float16) else queries.dtype
-    queries, keys = widen(queries, keys.shape[-1]).to(dtype), keys.to(dtype)
-    if not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers
-        scores = _explicit_scores(queries, keys * scale)
+    queries = widen(queries, keys.shape[-1])
+    is_ours = _is_for_no_gradient(queries, keys, mask)
+    if multiplies_into_float(queries, keys):
+        scores = _explicit_scores(queries, keys, batched_into_float)
+        scores = scores.mul_(scale) if is_ours else scores * scale
+    elif not torch.compiler.is_compiling() and keys.numel() < queries.numel():  # scale the fewer numbers
+        scores = _explicit_scores(queries.to(dtype), keys.to(dtype) * scale)
     else:
-        scores = _explicit_scores(queries * scale, keys)
-    if _is_for_no_gradient(queries, keys, mask):
+        scores = _explicit_scores(queries.to(dtype) * scale, keys.to(dtype))
+    if is_ours:
         return _softmax_in_place(scores, mask)
     if mask.tensor is not None:
         if mask.tensor.dtype == torch.bool:
@@ -350,7 +370,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return across.softmax(dim).permute(back)
 
 
-def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
+def _explicit_scores(queries: Tensor, keys: Tensor, product: Callable[[Tensor, Tensor], Tensor] = batched) -> Tensor:
     """(z, h, n, m). Where the context is short, as (z, h, m, n) in memory: softmax across rows beats that along short ones."""
     z, groups, m, width = keys.shape
     heads, n = queries.shape[1], queries.shape[2]
@@ -358,14 +378,14 @@ def _explicit_scores(queries: Tensor, keys: Tensor) -> Tensor:
     if heads == 1:  # one product for all groups, which share the queries
         left, right = queries[:, 0], keys.flatten(1, 2)
         if _is_narrow(m):
-            return batched(right, left).view(z, groups, m, n).transpose(2, 3)
-        return batched(left, right).view(z, n, groups, m).transpose(1, 2)
+            return product(right, left).view(z, groups, m, n).transpose(2, 3)
+        return product(left, right).view(z, n, groups, m).transpose(1, 2)
     share = heads // groups
     left, right = queries.reshape(z * groups, share * n, width), keys.flatten(0, 1)
     if _is_narrow(m) and (groups == 1 or share == 1):
-        across = batched(right, left).view(z, groups, m, share, n)
+        across = product(right, left).view(z, groups, m, share, n)
         return across.permute(0, 1, 3, 4, 2).flatten(1, 2)
-    return batched(left, right).view(z, heads, n, m)
+    return product(left, right).view(z, heads, n, m)
 
 
 def _is_narrow(context_length: int) -> bool:
@@ -399,17 +419,11 @@ def _has_empty_side(queries: Tensor, keys: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (queries.shape[2] == 0 or keys.shape[2] == 0)
 
 
-def unrounded(tensor: Tensor) -> Tensor:
-    """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast where it is on; float64 stays."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not is_cast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
@@ -428,8 +442,8 @@ def finish(layer: CrossAttention, space: str, read: Tensor, row_sums: Tensor | N
             summed = summed.add_(bias.to(summed.dtype)) if is_ours else summed + bias.to(summed.dtype)
         return summed.to(dtype)
     if space == "context":
-        weight = unrounded(layer.v_proj.weight).view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
-        read = _by_group(unrounded(read), weight)
+        weight = layer.v_proj.weight.view(layer.kv_heads, layer.value_head_dim, layer.context_dim)
+        read = _by_group(read, weight, batched_into_float)
         if layer.v_proj.bias is not None:
             read = read + _value_bias(layer, row_sums, read)
         read = read.to(dtype)
@@ -480,45 +494,6 @@ def execute(
     )
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
     return finish(layer, plan.values, read[..., :width], row_sums, to_autocast_dtype(values)[0].dtype)
-
-
-def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The textbook plan with no mask and no parts: the steps of `execute` without its questions, as decode steps are short."""
-    z, n, _ = a.shape
-    projections, width = layer._modules, layer.heads * layer.value_head_dim
-    queries = project(projections["q_proj"], a)  # type: ignore[arg-type]
-    if n == 1:  # one row has the same layout by head as by position
-        queries = queries.view(z, layer.heads, 1, layer.head_dim)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).reshape(z, 1, width)
-    else:
-        queries = queries.view(z, n, layer.heads, layer.head_dim).transpose(1, 2)
-        read = F.scaled_dot_product_attention(queries, keys, values, scale=layer.scale).transpose(1, 2).reshape(z, n, width)
-    return project(projections["out_proj"], read)  # type: ignore[arg-type]
-
-
-def attend_b_plainly(layer: CrossAttention, a: Tensor | PreparedQueries, b: Tensor, kernel: str) -> Tensor:
-    """The context+context plan for B (z, m, b) with no mask, parts or gradients: `execute` without `attend_heads`' questions.
-
-    Where one query reads a long B, those and the views between them took a fifth of the time. Rows are (heads x queries) of an
-    item, which read B together. They are written over: two megabytes that the system hands out anew take longer than their product.
-    """
-    z, is_made = b.shape[0], isinstance(a, Tensor)
-    queries = make_queries(layer, "context", a, None)[0] if isinstance(a, Tensor) else a.queries
-    n = queries.shape[2]
-    rows = queries.reshape(-1, layer.heads * n, b.shape[2])
-    if kernel == "fused":
-        keys = b.unsqueeze(1)
-        read = F.scaled_dot_product_attention(rows.unsqueeze(1).expand(z, -1, -1, -1), keys, keys, scale=layer.scale)
-    else:
-        if not is_made:  # they are read again
-            rows = rows.expand(z, -1, -1).clone()
-        if rows.shape[2] < b.shape[1]:  # scale the fewer numbers
-            rows.mul_(layer.scale)
-            weights = batched(rows, b)
-        else:
-            weights = batched(rows, b).mul_(layer.scale)
-        read = batched(torch.softmax(weights, -1, out=weights), b.transpose(1, 2), out=rows)
-    return finish(layer, "context", read.reshape(z, layer.heads, n, b.shape[2]), None, b.dtype)
 
 
 def linear_reason(module: nn.Module, name: str) -> str | None:

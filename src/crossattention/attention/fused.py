@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossattention.attention.masks import ScoreMask
+from crossattention.attention.masks import ScoreMask, to_score_dtype
+from crossattention.attention.products import is_cast
 
 _WIDENED_KEYS = 256
 """Keys up to which half precision trains in float32 on a CPU."""
@@ -32,7 +33,7 @@ def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask,
         is_shared = keys is values
         queries, keys = queries.float(), keys.float()
         values = keys if is_shared else values.float()
-    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # it would round the mask, which may stay float32
+    if queries.is_cpu and is_cast(queries):  # it would round the mask, which may stay float32
         with torch.autocast("cpu", enabled=False):
             return _read(queries, keys, values, mask, scale)
     return _read(queries, keys, values, mask, scale)
@@ -43,7 +44,7 @@ def _fits_as_it_is(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMas
     return (
         mask.tensor is None
         and mask.live is None
-        and queries.dtype in (torch.float32, torch.float64)
+        and (queries.dtype in (torch.float32, torch.float64) or queries.device.type == "cuda")
         and queries.shape[-1] == keys.shape[-1] == values.shape[-1]
         and queries.shape[:2] == keys.shape[:2] == values.shape[:2]
         and not torch.compiler.is_compiling()
@@ -71,6 +72,8 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: ScoreMask, scale:
     else:
         # Four dimensions even where all but the last are broadcast: fused kernels know no others.
         queries = queries.expand(keys.shape[0], -1, -1, -1)
+        if tensor is not None and tensor.dtype not in (torch.bool, queries.dtype) and tensor.device.type != "cpu":
+            tensor = to_score_dtype(tensor, queries.dtype)  # kernels on a GPU take no mask of another dtype
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=tensor, scale=scale)
     if share > 1:
         out = out.unflatten(2, (share, -1)).flatten(1, 2)

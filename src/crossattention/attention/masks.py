@@ -121,7 +121,6 @@ def combine_masks(
     score_bias: Tensor | None,
     context_length: int,
     dtype: torch.dtype,
-    device: torch.device,
     *,
     is_learned: bool = False,
 ) -> ScoreMask:
@@ -133,10 +132,9 @@ def combine_masks(
         score_bias: float, broadcastable; finite, so it never empties a row.
         context_length: m.
         dtype: dtype of the queries.
-        device: device of the queries.
         is_learned: whether a gradient may flow into the score bias, which is then kept apart from what is cut.
     """
-    dtype = _score_dtype(dtype, device)
+    dtype = _score_dtype(dtype)
     allowed = None if context_mask is None else context_mask[:, None, None, :]
     added = score_bias
     live_pairs = allowed
@@ -146,6 +144,7 @@ def combine_masks(
             allowed = attn_mask if allowed is None else allowed & attn_mask
             live_pairs = allowed
         else:
+            attn_mask = _within_reach(attn_mask)
             possible = attn_mask > -torch.inf
             live_pairs = possible if allowed is None else allowed & possible
             added = to_score_dtype(attn_mask, dtype) if added is None else added + attn_mask
@@ -162,17 +161,25 @@ def combine_masks(
     return ScoreMask(_full_last(added, context_length), live)
 
 
+def _within_reach(mask: Tensor) -> Tensor:
+    """A float mask whose finite numbers stay finite on a GPU: kernels there take exponentials to base 2, of scores times 1.44."""
+    lowest = torch.finfo(torch.float32).min / 2
+    if mask.device.type == "cpu" or mask.dtype == torch.float16:
+        return mask
+    return torch.where(mask == -torch.inf, mask, mask.clamp(min=lowest))
+
+
 def score_dtype_of(queries: Tensor) -> torch.dtype:
     """The dtype that float masks are brought to, that of the queries.
 
-    It is float32 where the queries are in half precision on a CPU, whose kernels take that; a mask in half precision would be the
-    coarsest number of all.
+    It is float32 where the queries are in half precision: a mask in half precision would be the coarsest number of all. Only a
+    GPU's fused kernel wants it so (`fused`).
     """
-    return _score_dtype(queries.dtype, queries.device)
+    return _score_dtype(queries.dtype)
 
 
-def _score_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu" else dtype
+def _score_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def to_score_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:

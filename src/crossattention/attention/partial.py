@@ -153,7 +153,8 @@ def attend_part(queries: Tensor, part: Part, scale: float) -> Partial:
     if not _flash_runs(queries, part):
         scores = scores_of_part(queries, part, scale)
         lse = _row_lse(scores)
-        weights = (scores - _finite(lse).unsqueeze(-1)).exp()
+        # Not exp(scores - lse): numbers so large that log m is lost in them are still a row of weights.
+        weights = scores.softmax(-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
         return Partial((weights.to(part.values.dtype) @ part.values), lse)
     keys, values = to_one_width(part.keys, part.values)
     mask = _float_mask(queries, part)

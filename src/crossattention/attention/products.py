@@ -10,6 +10,7 @@ Legend: rows, inner, columns: (rows, inner) times (columns, inner) transposed gi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     Few large ones are taken one by one, by the quicker library; many small ones in one call. `out` is memory that may be written
     to, where no gradient is asked for: what is returned lies there or elsewhere.
     """
+    if not torch.compiler.is_compiling() and _are_surely_small(x, weights):  # first, as the slices below take as long as a product
+        if x.shape[0] == 1 and out is None:
+            return F.linear(x[0], weights[0]).unsqueeze(0)
+        return torch.bmm(x, weights.transpose(1, 2)) if out is None else torch.bmm(x, weights.transpose(1, 2), out=out)
     if out is not None and not is_quick(x[0], weights[0]):
         return torch.bmm(x, weights.transpose(1, 2), out=out)
     if x.shape[0] == 1:
@@ -63,6 +68,66 @@ def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling() and x.shape[0] and is_quick(x[0], weights[0]):
         return torch.stack([linear(one, weight) for one, weight in zip(x.unbind(), weights.unbind(), strict=True)])
     return torch.bmm(x, weights.transpose(1, 2))
+
+
+def _are_surely_small(x: Tensor, weights: Tensor) -> bool:
+    """Whether each of some products is too small for the quicker library; of none at all, False."""
+    return bool(2.0 * x.numel() * weights.shape[1] < x.shape[0] * speeds_of("cpu", "float32").quick_from)
+
+
+def batched_into_float(x: Tensor, weights: Tensor) -> Tensor:
+    """`batched`, with half precision's sums kept in float32: on CUDA from the matrix units, elsewhere by float32 products."""
+    if multiplies_into_float(x, weights):
+        trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        product: Tensor = _IntoFloat.apply(x, weights) if trains else torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
+        return product
+    return batched(unrounded(x), unrounded(weights))
+
+
+def unrounded(tensor: Tensor) -> Tensor:
+    """Half precision in float32, for a step that the textbook does inside one product: a sum, or a product and its bias."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def multiplies_into_float(x: Tensor, weights: Tensor) -> bool:
+    """Whether products of half precision reach float32 without their operands written out in it: on CUDA, seen by nobody else.
+
+    Both ways round the same: what the matrix units multiply is exact in float32, and float32 is what they sum in.
+    """
+    return (
+        x.device.type == "cuda"
+        and x.dtype == weights.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and _keeps_float
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and type(weights) in _PLAIN
+        and not torch.is_autocast_enabled("cuda")
+        and not is_transformed()
+        and not is_traced()
+    )
+
+
+_keeps_float = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8 has it for CUDA, without a gradient
+
+
+class _IntoFloat(torch.autograd.Function):
+    """Products of half precision in float32; the gradient is rounded to half precision first, as a fused kernel rounds it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        return torch.bmm(x, weights.transpose(1, 2), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weights = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        for_x, for_weights = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weights) if for_x else None,
+            torch.bmm(grad.transpose(1, 2), x) if for_weights else None,
+        )
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor | None = None, *, adds: bool = False) -> Tensor:
@@ -138,6 +203,23 @@ def _is_quick_in_graphs(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; asked of all devices first, as the name of one takes as long as a view."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast is off for the device of a tensor; where it is off anyhow, nothing is done, which takes a twentieth."""
+    if not torch.compiler.is_compiling() and not is_cast(tensor):
+        return _AS_IT_IS
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+_AS_IT_IS = nullcontext()
+
+
 def is_transformed() -> bool:
     """Whether vmap, functorch's or forward-mode derivatives look into what is computed: they know torch's own operators."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -146,6 +228,11 @@ def is_transformed() -> bool:
 def is_traced() -> bool:
     """Whether `torch.jit.trace` or an exporter built on it looks on: it loses what is written in place through a view."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_looked_into() -> bool:
+    """Whether anything that a call does is written down by somebody: a transform, a trace, a mode that is handed each operator."""
+    return is_transformed() or is_traced() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -618,7 +618,7 @@ class _Reading:
                 read = group.projected if layer.positions.reads_queries else None
                 added = layer.positions.score_bias(read, group.positions, context.positions, layer.scale)
                 bias = added if bias is None else bias + added
-            mask = combine_masks(context.mask, attn_mask, bias, context.context_length, group.queries.dtype, self.device)
+            mask = combine_masks(context.mask, attn_mask, bias, context.context_length, group.queries.dtype)
             out, row_sums = execute.attend_heads(
                 group.queries,
                 context.keys,

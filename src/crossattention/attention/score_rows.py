@@ -160,7 +160,7 @@ class ScoreRows:
             added = part_of(self._added(items, rows), slice(None), heads)
             bias = added if bias is None else bias + added
         context_mask = None if prepared.mask is None else prepared.mask[items]
-        return combine_masks(context_mask, attn_mask, bias, prepared.context_length, self._mask_dtype, self._keys.device)
+        return combine_masks(context_mask, attn_mask, bias, prepared.context_length, self._mask_dtype)
 
     def _added(self, items: slice, rows: slice) -> Tensor:
         """What the position part adds to the scores of some rows, broadcastable to (items, h, rows, m)."""

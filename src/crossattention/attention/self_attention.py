@@ -36,6 +36,7 @@ from crossattention.attention.masks import (
 )
 from crossattention.attention.parts import PositionPart, QueryKeyNorm, Run
 from crossattention.attention.products import is_traced, is_transformed, project
+from crossattention.attention.short import project_plainly, read_plainly
 
 
 @dataclass(frozen=True)
@@ -254,10 +255,15 @@ class SelfAttention(nn.Module):
 
         Cost: four projections and n n (k + v) multiply-adds a head.
         """
-        self._check(x)
+        projected = project_plainly(self, x) if type(self) is SelfAttention else None  # a subclass may do more
+        if projected is None:
+            self._check(x)
         if mask is not None:
             check_context_mask(mask, x.shape[0], x.shape[1], x.device)
-        queries, keys, values = self._project(x, 0)
+        queries, keys, values = self._project(x, 0) if projected is None else projected
+        is_plain = projected is not None and attn_mask is None and not (self.is_causal and mask is not None)
+        if is_plain and self._reads_plainly(queries, keys, values):
+            return read_plainly(self, queries, keys, values, mask, is_causal=self.is_causal)
         return self._attend(x, queries, keys, values, mask, attn_mask, 0)
 
     def step(self, x: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, KeyValueCache]:
@@ -278,20 +284,30 @@ class SelfAttention(nn.Module):
         """
         if not self.is_causal:
             raise ValueError("step needs SelfAttention(causal=True): without it earlier outputs depend on later positions")
-        self._check(x)
+        projected = project_plainly(self, x) if type(self) is SelfAttention else None  # a subclass may do more
+        if projected is None:
+            self._check(x)
         offset = 0 if cache is None else cache.length
         if cache is not None and cache.keys.shape[0] != x.shape[0]:
             raise ValueError(
                 f"x has batch {x.shape[0]} but the cache has batch {cache.keys.shape[0]}; cache.select(rows) reorders it"
             )
-        queries, keys, values = self._project(x, offset)
+        queries, keys, values = self._project(x, offset) if projected is None else projected
         if cache is not None and (cache.keys.shape[1], cache.keys.shape[3]) != (keys.shape[1], keys.shape[3]):
             raise ValueError(
                 f"the cache has {cache.keys.shape[1]} key-value heads of width {cache.keys.shape[3]} but this layer has "
                 f"{keys.shape[1]} of width {keys.shape[3]}; a cache belongs to the layer whose step returned it"
             )
         cache = KeyValueCache(keys, values) if cache is None else cache.append(keys, values)
+        if projected is not None and (offset == 0 or x.shape[1] == 1) and type(cache.keys) is type(cache.values) is Tensor:
+            if cache.keys.dtype == x.dtype and self._reads_plainly(queries, cache.keys, cache.values):
+                return read_plainly(self, queries, cache.keys, cache.values, None, is_causal=offset == 0), cache
         return self._attend(x, queries, cache.keys, cache.values, None, None, offset), cache
+
+    def _reads_plainly(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether torch's kernel reads them: nothing is dropped, nobody looks on, and it is not quicker to write the scores out."""
+        is_plain = not (self.training and self.dropout) and "_attend" not in self.__dict__
+        return is_plain and not _is_quicker_written_out(queries, keys, values)
 
     def _project(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """Projected queries (before parts), keys (after them) and values, each (z, heads, t, width)."""
@@ -398,7 +414,7 @@ class SelfAttention(nn.Module):
             else:
                 attn_mask = torch.where(causal, attn_mask, -torch.inf)
         is_learned = bias is not None and execute.learns_scores(self.positions)
-        return combine_masks(mask, attn_mask, bias, m, queries.dtype, queries.device, is_learned=is_learned)
+        return combine_masks(mask, attn_mask, bias, m, queries.dtype, is_learned=is_learned)
 
     def _positions(self, x: Tensor, start: int, length: int) -> Tensor | None:
         return None if self.positions is None else torch.arange(start, start + length, device=x.device)

@@ -183,9 +183,9 @@ def starts_of(lengths: Sequence[int]) -> list[int]:
 
 def rows_at(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
     """Indices of the rows of items that begin at `starts` and have `lengths`, one item after the other."""
-    counts = torch.tensor(list(lengths), dtype=torch.int64)
-    shifts = torch.tensor(list(starts), dtype=torch.int64) - (counts.cumsum(0) - counts)
-    return (torch.repeat_interleave(shifts, counts) + torch.arange(int(counts.sum()))).to(device)
+    counts, begins = (torch.tensor(list(numbers), dtype=torch.int64, device="cpu") for numbers in (lengths, starts))
+    shifts = begins - (counts.cumsum(0) - counts)
+    return (torch.repeat_interleave(shifts, counts) + torch.arange(int(counts.sum()), device="cpu")).to(device)
 
 
 def _check_items(name: str, items: Sequence[object], dims: int) -> None:

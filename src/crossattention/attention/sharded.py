@@ -31,6 +31,7 @@ from crossattention.attention.fused import fold_mask, spread, widen
 from crossattention.attention.masks import combine_masks, fold_repeats
 from crossattention.attention.partial import Part, Partial, attend_part, backward_of_part, merge_partials, scores_of_part
 from crossattention.attention.prepared import PreparedContext, PreparedQueries, Stamp
+from crossattention.attention.products import unrounded
 from crossattention.plan import CANDIDATES, Plan, PlanError, choose_plan
 
 if TYPE_CHECKING:
@@ -513,7 +514,7 @@ def attend_shard(
     width = {"head": layer.value_head_dim, "context": layer.context_dim, "output": layer.out_dim}[plan.values]
     read = read[..., :width]
     if plan.values == "output":
-        read = execute.unrounded(read).sum(1, keepdim=True)
+        read = unrounded(read).sum(1, keepdim=True)
     live = (lse > -torch.inf).unsqueeze(-1)
     out = execute.finish(layer, plan.values, read, live, execute.to_autocast_dtype(local.values)[0].dtype)
     return out.unflatten(1, (a.shape[1], a.shape[2])) if a.dim() == 4 else out
@@ -576,7 +577,7 @@ def _meet(
         queries, keys = execute.join_key_bias(queries, keys, local.key_bias / layer.scale)
     elif local.key_bias is not None:
         bias = local.key_bias.unsqueeze(2) if bias is None else bias + local.key_bias.unsqueeze(2)
-    mask = combine_masks(local.mask, attn_mask, bias, local.context_length, queries.dtype, queries.device).tensor
+    mask = combine_masks(local.mask, attn_mask, bias, local.context_length, queries.dtype).tensor
     queries, keys, values = execute.to_autocast_dtype(queries, keys, values)
     return queries, keys, values, mask
 

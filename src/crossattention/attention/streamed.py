@@ -119,7 +119,7 @@ class BlocksState:
                 told = file.metadata() or {}
                 state = cls()
                 state.digest = told["digest"]
-                partial = Partial(file.get_tensor("output"), file.get_tensor("lse"))
+                partial = Partial(file.get_tensor("output"), file.get_tensor("lse"))  # on the CPU, until a call goes on with it
                 state._done = (partial, int(told["blocks"]), int(told["rows"]))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no state of attend_blocks, or is damaged: {str(error).splitlines()[0]}") from None
@@ -203,6 +203,7 @@ class Stream:
                 f"blocks must be an iterable of tensors (batch, length, {layer.context_dim}) or of (tensor, mask), got "
                 f"{type(blocks).__name__}; one context in memory is layer(a, b)"
             )
+        self.device = a.device
         iterator = iter(blocks)
         self.is_once = iterator is blocks
         first = next(iterator, None)
@@ -246,6 +247,8 @@ class Stream:
             raise TypeError(f"block {place} must be a tensor (batch, length, {self.layer.context_dim}), got {type(block).__name__}")
         if block.dim() == 2:
             block, mask = block.unsqueeze(0), mask.unsqueeze(0) if isinstance(mask, Tensor) and mask.dim() == 1 else mask
+        if block.device.type == "cpu" and self.device.type != "cpu":  # as files and loaders give them
+            block, mask = block.to(self.device), mask.to(self.device) if isinstance(mask, Tensor) else mask
         try:
             self.layer._check_context(tuple(block.shape))
             self.layer._check_tensor("context", block)
@@ -297,7 +300,7 @@ class Stream:
         if layer.positions is not None and layer.positions.adds_to_scores:
             assert self._query_positions is not None and at is not None
             bias = layer.positions.score_bias(projected, self._query_positions, at, layer.scale)
-        added = combine_masks(prepared.mask, None, bias, block.shape[1], keys.dtype, keys.device).tensor
+        added = combine_masks(prepared.mask, None, bias, block.shape[1], keys.dtype).tensor
         if added is not None and added.shape[1] > 1 and groups < layer.heads:
             added = added.unflatten(1, (groups, -1)).expand(-1, -1, -1, self._length, -1).flatten(2, 3)
         elif added is not None and added.shape[2] > 1 and groups < layer.heads:
@@ -343,6 +346,9 @@ class Stream:
         self, state: BlocksState, progress: Callable[[BlocksState], object] | None, queries: Tensor, projected: Any
     ) -> Partial:
         """Read the blocks that the state lacks; the merged result of all."""
+        if state._done is not None:  # of a file, it lies on the CPU
+            partial, count, rows = state._done
+            state._done = Partial(partial.output.to(queries.device), partial.lse.to(queries.device)), count, rows
         for block, mask in self.read_from(state.blocks, state.rows):
             merged, rows = state.partial, state.rows
             part = self.part(block, mask, rows, projected)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 10
 WIDTH_OF_A_LOG = 120
+WIDEST_NAME = 60
+"""Terminal cells that what was read takes in a sentence."""
 
 
 def run(arguments: Sequence[str], *, prog: str) -> int:
@@ -117,12 +119,12 @@ def _write_view(loaded: "Run", order: Order, task: "RecipeTask") -> str:
     from crossattention.recipes.recipe import name_of
     from crossattention.views.pages import write_page
 
-    text = name_of(task.sample_input)
+    text = lines.shortened(escaped(name_of(task.sample_input)), WIDEST_NAME)
     try:
         path = write_page(loaded.view(task.sample_input), order.run.out / "view.html")
     except ValueError as fault:  # a model that has learned nothing may write nothing
-        return f"No view of {escaped(text)}: {fault}"
-    return f"What it reads of {escaped(text)}, to open in a browser: {path}"
+        return f"No view of {text}: {fault}"
+    return f"What it reads of {text}, to open in a browser: {path}"
 
 
 def _table(examples: "Examples", width: int) -> list[str]:

@@ -149,7 +149,7 @@ def _mask(query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, 
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     elif mask is not None:
         mask = forbidding(mask)
-    return combine_masks(None, mask, bias, key.shape[2], query.dtype, query.device)
+    return combine_masks(None, mask, bias, key.shape[2], query.dtype)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Kernel:

@@ -219,7 +219,7 @@ class Reader:
             attn_mask = fold_repeats(attn_mask, a.shape[1], a.shape[2])
         queries, _, _ = keys_layer._ask(a, prepared, None)
         bias = None if prepared.key_bias is None else prepared.key_bias.unsqueeze(2)
-        mask = combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype, queries.device)
+        mask = combine_masks(prepared.mask, attn_mask, bias, prepared.context_length, queries.dtype)
         weights = None
         if wants_weights:
             out, weights = _explicitly(values_layer, prepared, queries, mask, keys_layer.scale)

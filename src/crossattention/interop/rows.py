@@ -111,7 +111,7 @@ class KernelRows:
         if self.is_causal:
             causal = torch.ones(queries.stop - queries.start, m, dtype=torch.bool, device=device).tril(queries.start)
             mask = _only_where(causal, mask)
-        return combine_masks(None, mask, None, m, self.queries.dtype, device)
+        return combine_masks(None, mask, None, m, self.queries.dtype)
 
     def step_after(self, last: KernelRows | None) -> KernelRows:
         """What a generation keeps of these rows: keys once, and a mask once while it does not change.

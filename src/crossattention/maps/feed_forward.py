@@ -236,15 +236,15 @@ class _Strongest:
         """Take in coefficients (z, n, s) of texts numbered from `first`; positions count where next_ids (z, n) is not negative."""
         z, n, s = coefficients.shape
         if self.kept is None:
-            empty = torch.full((s, self.k), -1)
-            self.kept = Triggers(torch.full((s, self.k), -torch.inf, dtype=coefficients.dtype), empty, empty, empty)
+            empty = torch.full((s, self.k), -1, device="cpu")
+            self.kept = Triggers(torch.full((s, self.k), -torch.inf, dtype=coefficients.dtype, device="cpu"), empty, empty, empty)
         if z == 0 or n == 0:
             return
         is_left_out = (next_ids < 0).to(coefficients.device)
         strengths, places = (found.cpu() for found in coefficients.masked_fill(is_left_out.unsqueeze(-1), -torch.inf).max(1))
         followers = next_ids.gather(1, places)
         is_text = (next_ids >= 0).any(1)
-        numbers = torch.where(is_text, torch.arange(first, first + z), -1).expand(s, z)
+        numbers = torch.where(is_text, torch.arange(first, first + z, device="cpu"), -1).expand(s, z)
         new = Triggers(strengths.T, numbers, places.T.masked_fill(~is_text, -1), followers.T.masked_fill(~is_text, -1))
         # Stable, and what was kept comes first: of equal ones the text with the lowest number stays.
         order = (

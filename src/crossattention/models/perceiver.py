@@ -543,6 +543,10 @@ class PerceiverIO(Pretrained, nn.Module):
         return latents
 
     def _decode(self, latents: Tensor, outputs: Any, rows: Rows | None) -> Tensor | dict[str, Tensor]:
+        if isinstance(outputs, Tensor):
+            outputs = outputs.to(latents.device)
+        elif isinstance(outputs, dict):
+            outputs = {kind: some.to(latents.device) if isinstance(some, Tensor) else some for kind, some in outputs.items()}
         questions: list[Question] = self.outputs.ask(outputs, rows, latents.shape[0])
         context = self.decoder.context_norm(latents)
         answers = {question.name: self._answer(question, context) for question in questions}

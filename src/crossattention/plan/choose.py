@@ -18,6 +18,8 @@ ADVANTAGE = 0.90
 """A plan replaces the textbook's only if it is estimated to take at most this share of its time: estimates err."""
 UNMEASURED_ADVANTAGE = 1 / 1.5
 """The same on a device whose constants nobody measured."""
+GPU_ADVANTAGE = 0.80
+"""The same on a GPU, where calls wait for the host as often as for the device, and the host's time is the least sure."""
 SPARE_BYTES = 4 << 20
 """A plan may hold this much more than the textbook's, no more: where it is little, it is blocks of scores in the cache."""
 
@@ -112,7 +114,8 @@ def _choose(sizes: Sizes, forbidden: tuple[Forbidden, ...], speeds: Speeds, scor
     if best is textbook:
         return Choice(TEXTBOOK, "the cheapest legal plan", sizes, tuple(candidates))
     ratio = best.cost.seconds / textbook.cost.seconds
-    needed = ADVANTAGE if speeds.is_measured else UNMEASURED_ADVANTAGE
+    measured_advantage = GPU_ADVANTAGE if model.is_gpu else ADVANTAGE
+    needed = measured_advantage if speeds.is_measured else UNMEASURED_ADVANTAGE
     if ratio > needed:
         measured = "" if speeds.is_measured else f" on a {sizes.device} that nobody measured"
         why = f"the textbook: {best.plan} is estimated at {ratio:.2f} of its time, no clear gain (needs {needed:.2f}{measured})"

@@ -22,12 +22,13 @@ from crossattention.plan.speeds import speeds_of
 
 
 class Step(NamedTuple):
-    """One step of a plan: its name, FLOPs, elements moved to and from memory, and estimated seconds."""
+    """One step of a plan: name, FLOPs, elements moved to and from memory, estimated seconds, and those of them that start it."""
 
     name: str
     flops: int
     elements: int
     seconds: float
+    starting: float
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,22 @@ class CostModel:
     def __init__(self, sizes: Sizes, speeds: Speeds | None = None, score_speeds: Speeds | None = None) -> None:
         self.sizes = sizes
         self.speeds = speeds_of(sizes.device, sizes.dtype) if speeds is None else speeds
-        self.threads = min(sizes.threads, 4 * self.speeds.threads)
+        self.is_gpu = sizes.device not in ("cpu", "meta")
+        self.threads = self.speeds.threads if self.is_gpu else min(sizes.threads, 4 * self.speeds.threads)
         self.z, self.n, self.m = sizes.batch, sizes.repeats * sizes.query_length, sizes.context_length
         self.query_items = 1 if sizes.shares_queries else sizes.batch
         self._element = sizes.element_bytes
-        # Scores are float32 numbers, so outside of the fused kernel half precision is multiplied as float32 there.
+        # Scores are float32 numbers, so outside of the fused kernel half precision is multiplied as float32 there; on a GPU the
+        # units for half precision sum in float32 themselves, and only a product of what is already float32 is slow.
         self._score_speeds, self._score_element = self.speeds, self._element
+        self._float_speeds: Speeds | None = None
         if sizes.score_dtype != sizes.dtype:
-            self._score_speeds = speeds_of(sizes.device, sizes.score_dtype) if score_speeds is None else score_speeds
+            of_scores = speeds_of(sizes.device, sizes.score_dtype) if score_speeds is None else score_speeds
             self._score_element = DTYPE_BYTES[sizes.score_dtype]
+            if self.is_gpu:
+                self._float_speeds = of_scores
+            else:
+                self._score_speeds = of_scores
 
     def cost(self, plan: Plan) -> Cost:
         """The cost of one plan."""
@@ -117,8 +125,8 @@ class CostModel:
         return Cost(
             prepare_flops=sum(step.flops for step in prepare),
             attend_flops=sum(step.flops for step in attend),
-            prepare_seconds=sum(step.seconds for step in prepare),
-            attend_seconds=sum(step.seconds for step in attend),
+            prepare_seconds=self._together(prepare),
+            attend_seconds=self._together(attend),
             prepared_bytes=prepared,
             moved_bytes=sum(step.elements for step in (*prepare, *attend)) * self._element,
             uses=sizes.uses,
@@ -126,6 +134,14 @@ class CostModel:
         )
 
     # ------------------------------------------------------------------------------------------------- one step's time
+
+    def _together(self, steps: list[Step]) -> float:
+        """Seconds of steps: one after the other on a CPU; a GPU works on some while the host starts the next."""
+        seconds = sum(step.seconds for step in steps)
+        if not self.is_gpu:
+            return seconds
+        starting = sum(step.starting for step in steps)
+        return max(seconds - starting, starting)
 
     def _product_seconds(self, rows: int, inner: int, columns: int, batches: int = 1, speeds: Speeds | None = None) -> float:
         """Seconds of the arithmetic of (batched) products (rows, inner) times (inner, columns)."""
@@ -152,29 +168,49 @@ class CostModel:
         return seconds + (new / speeds.new_bytes if new > speeds.new_from else 0.0)
 
     def _product(
-        self, name: str, rows: int, inner: int, columns: int, batches: int = 1, *, operations: int = 1, is_score: bool = False
+        self,
+        name: str,
+        rows: int,
+        inner: int,
+        columns: int,
+        batches: int = 1,
+        *,
+        operations: int = 1,
+        is_score: bool = False,
+        is_second: bool = False,
     ) -> Step:
-        """A (batched) product: 2 FLOPs a multiply-add, operands and result moved once; in training two more for the backward."""
+        """A (batched) product: 2 FLOPs a multiply-add, operands and result moved once; in training two more for the backward.
+
+        `is_second`: its left side is another product's result, which half precision keeps in float32.
+        """
         speeds, element = (self._score_speeds, self._score_element) if is_score else (self.speeds, self._element)
+        if is_second and self._float_speeds is not None:
+            speeds = self._float_speeds
         left_size, right_size = batches * rows * inner, batches * inner * columns
         result = batches * rows * columns
         elements = left_size + right_size + result
-        seconds = self._product_seconds(rows, inner, columns, batches, speeds) + self._traffic_seconds(elements, result, element)
-        if element > self._element:  # written out in float32 first
+        arithmetic, traffic = (
+            self._product_seconds(rows, inner, columns, batches, speeds),
+            self._traffic_seconds(elements, result, element),
+        )
+        seconds = max(arithmetic, traffic) if self.is_gpu else arithmetic + traffic  # a GPU does both at once
+        if element > self._element and not self.is_gpu:  # written out in float32 first
             seconds += self._traffic_seconds(1.5 * (left_size + right_size), 0.0, element) + 2 * self.speeds.step_seconds
-        seconds += operations * self.speeds.step_seconds
+        starting = operations * self.speeds.step_seconds
+        seconds += starting
         if self.sizes.trains:
+            starting *= 5
             seconds += self._product_seconds(rows, columns, inner, batches, speeds)
             seconds += self._product_seconds(columns, rows, inner, batches, speeds)
             seconds += (
                 self._traffic_seconds(2 * elements, left_size + right_size, element) + 4 * operations * self.speeds.step_seconds
             )
-        return Step(name, 2 * batches * rows * inner * columns, elements, seconds)
+        return Step(name, 2 * batches * rows * inner * columns, elements, seconds, starting)
 
     def _move(self, name: str, elements: int, flops: int = 0, *, operations: int = 1) -> Step:
         """A pass over memory."""
-        seconds = self._traffic_seconds(elements, elements / 2) + operations * self.speeds.step_seconds
-        return Step(name, flops, elements, seconds * (2 if self.sizes.trains else 1))
+        times, starting = 2 if self.sizes.trains else 1, operations * self.speeds.step_seconds
+        return Step(name, flops, elements, times * (self._traffic_seconds(elements, elements / 2) + starting), times * starting)
 
     def _softmax_seconds(self, weights: float, columns: int, *, is_block: bool) -> float:
         speeds = self.speeds
@@ -190,17 +226,22 @@ class CostModel:
     def _keys(self) -> dict[str, list[Step]]:
         s, rows = self.sizes, self.z * self.m
         made = self._product("B Wk", rows, s.context_dim, s.kv_heads * s.head_dim)
-        absorbed = self._product("(B Wk) Wq^T", rows, s.head_dim, s.query_dim, s.heads)
+        absorbed = self._product("(B Wk) Wq^T", rows, s.head_dim, s.query_dim, s.heads, is_second=True)
         spread = [self._move("keys by item", 2 * rows * s.heads * s.query_dim)] if self.z > 1 else []
-        return {"head": [made], "context": [], "query": [made, absorbed, *spread]}
+        return {"head": [made], "context": [], "query": [made, absorbed, *spread, *self._more_launches(30)]}
 
     @cached_property
     def _values(self) -> dict[str, list[Step]]:
         s, rows = self.sizes, self.z * self.m
         made = self._product("B Wv", rows, s.context_dim, s.kv_heads * s.value_head_dim)
-        absorbed = self._product("(B Wv) Wo", rows, s.value_head_dim, s.out_dim, s.heads)
+        absorbed = self._product("(B Wv) Wo", rows, s.value_head_dim, s.out_dim, s.heads, is_second=True)
         spread = [self._move("values by item", 2 * rows * s.heads * s.out_dim)] if self.z > 1 else []
-        return {"head": [made], "context": [], "output": [made, absorbed, *spread]}
+        return {"head": [made], "context": [], "output": [made, absorbed, *spread, *self._more_launches(12)]}
+
+    def _more_launches(self, count: int) -> list[Step]:
+        """What small operations take on a GPU, where each is a launch; on a CPU they are lost in what they stand beside."""
+        seconds = count * self.speeds.step_seconds
+        return [Step("launches", 0, 0, seconds, seconds)] if self.is_gpu else []
 
     def _padding(self, plan: Plan) -> list[Step]:
         key_width, value_width = meeting_widths(plan, self.sizes)
@@ -243,7 +284,26 @@ class CostModel:
         key_width, value_width = meeting_widths(plan, s)
         key_groups, value_groups = meeting_groups(plan, s)
         width, groups = max(key_width, value_width), max(key_groups, value_groups)
+        if self._is_written_out(width):
+            return [*self._explicit(plan), self._move("weights once more", 2 * z * s.heads * n * m)]
         rows = s.heads // groups * n
+        weights = z * s.heads * n * m
+        query_heads = 1 if plan.scores == "query" else s.heads
+        elements = z * ((query_heads + s.heads) * n + m * (key_groups + value_groups)) * width
+        seconds = self._fused_on_gpu(rows, width, groups) if self.is_gpu else self._fused_on_cpu(rows, width, groups)
+        seconds += self._traffic_seconds(elements, z * s.heads * n * width) + (
+            2 * self._traffic_seconds(elements) if s.trains else 0
+        )
+        starting = 4 * speeds.step_seconds
+        steps = [Step("fused attention", 4 * weights * width, elements, seconds + starting, starting)]
+        if share_copies(plan, s):
+            steps.append(self._move("repeat for every head", 2 * z * s.heads * m * width))
+        if plan.values == "output":
+            steps.append(self._move("sum over heads", z * (s.heads + 1) * n * s.out_dim, z * s.heads * n * s.out_dim))
+        return steps
+
+    def _fused_on_cpu(self, rows: int, width: int, groups: int) -> float:
+        s, speeds, z, m = self.sizes, self.speeds, self.z, self.m
         block = 256 if rows >= 768 else 64 if rows >= 192 else 32
         tasks = z * groups * ceil(rows / block)
         waves = ceil(tasks / self.threads)
@@ -252,20 +312,34 @@ class CostModel:
         columns = m + speeds.fused_columns
         arithmetic = 4.0 * block * columns * width * one * (1 + speeds.fused_rows / block) * (1 + speeds.fused_width / width)
         exponentials = block * columns * speeds.threads / speeds.fused_exponentials + ceil(m / 512) * speeds.fused_block
-        weights = z * s.heads * n * m
-        query_heads = 1 if plan.scores == "query" else s.heads
-        elements = z * ((query_heads + s.heads) * n + m * (key_groups + value_groups)) * width
-        seconds = waves * (arithmetic + exponentials) + self._traffic_seconds(elements, z * s.heads * n * width)
+        seconds = waves * (arithmetic + exponentials)
         if s.trains:
             backward_tasks = ceil(z * groups / self.threads)
-            backward = 2.5 * rows / block * backward_tasks * (arithmetic * speeds.fused_backward + exponentials)
-            seconds += backward + 2 * self._traffic_seconds(elements)
-        steps = [Step("fused attention", 4 * weights * width, elements, seconds + 4 * speeds.step_seconds)]
-        if share_copies(plan, s):
-            steps.append(self._move("repeat for every head", 2 * z * s.heads * m * width))
-        if plan.values == "output":
-            steps.append(self._move("sum over heads", z * (s.heads + 1) * n * s.out_dim, z * s.heads * n * s.out_dim))
-        return steps
+            seconds += 2.5 * rows / block * backward_tasks * (arithmetic * speeds.fused_backward + exponentials)
+        return seconds
+
+    def _is_written_out(self, width: int) -> bool:
+        """Whether torch has no fused kernel on this GPU for heads so wide, as their rows are not aligned, and writes scores out."""
+        return self.is_gpu and width % (16 // self._element) != 0 and width > min(self.speeds.fused_widest, 256)
+
+    def _fused_on_gpu(self, rows: int, width: int, groups: int) -> float:
+        """Blocks of 64 queries, full or not, go through the whole context: few of them leave most of a GPU idle.
+
+        One block takes the time that its key blocks wait for each other; all together, that of their arithmetic. Wide heads are
+        another, slower kernel's. One query of half precision is read in parts of the context, by the whole GPU. The backward pass
+        was not measured, and is counted as if it filled the GPU.
+        """
+        s, speeds, m = self.sizes, self.speeds, self.m
+        slower = speeds.fused_wide if width > speeds.fused_widest else 1.0
+        one = slower * 4.0 * 64 * m * width * (1 + speeds.fused_width / width) * speeds.threads / speeds.fused_flops
+        tasks = self.z * groups * ceil(rows / 64)
+        waits = slower * m / 512 * speeds.fused_block + 0.6 * one
+        if rows == 1 and self._element == 2 and slower == 1.0 and tasks < self.threads:
+            waits *= tasks / self.threads
+        seconds = max(waits, one * tasks / self.threads)
+        if s.trains:
+            seconds += 2.5 * speeds.fused_backward * one * tasks / self.threads
+        return seconds
 
     def _explicit(self, plan: Plan) -> list[Step]:
         """All weights at once: two batched products and a softmax between them."""
@@ -285,12 +359,14 @@ class CostModel:
         softmax = self._softmax_seconds(weights, m, is_block=False) + self._traffic_seconds(
             2 * weights, weights, self._score_element
         )
-        softmax += self.speeds.step_seconds
-        steps = [scores, Step("softmax", 4 * weights, 2 * weights, softmax * (2.5 if s.trains else 1.0))]
+        starting, times = self.speeds.step_seconds, 2.5 if s.trains else 1.0
+        steps = [scores, Step("softmax", 4 * weights, 2 * weights, times * (softmax + starting), times * starting)]
+        if not plan.scores == plan.values == "context":
+            steps += self._more_launches(6)
         if plan.values == "output":
             if plan.scores == "context" or (plan.scores == "head" and not is_narrow):
                 steps.append(self._move("weights by query", 2 * weights))
-            steps.append(self._product("P times values", n, h * m, value_width, z, operations=2))
+            steps.append(self._product("P times values", n, h * m, value_width, z, operations=2, is_second=True))
             return steps
         if plan.scores == "query" and not is_narrow:
             steps.append(self._move("weights by head", 2 * weights))
@@ -341,25 +417,26 @@ class CostModel:
         if s.trains:
             seconds += count * (2.2 * product + 2 * read + 2 * softmax + 3 * per_block) + 2.5 * traffic + 2 * block_traffic
         weights = z * h * n * m
-        return [
-            Step("attention in blocks", 2 * weights * (key_width + value_width + 2), elements, seconds + 6 * speeds.step_seconds)
-        ]
+        starting = 6 * speeds.step_seconds
+        return [Step("attention in blocks", 2 * weights * (key_width + value_width + 2), elements, seconds + starting, starting)]
 
     def _peak_bytes(self, plan: Plan, prepared: int) -> int:
         """What B becomes, what A becomes, and what the kernel holds at once."""
         s, z, n, m, h = self.sizes, self.z, self.n, self.m, self.sizes.heads
         key_width, value_width = meeting_widths(plan, s)
-        if plan.kernel == "fused":
+        kernel = plan.kernel
+        if kernel == "fused":
             key_width = value_width = max(key_width, value_width)
+            kernel = "explicit" if self._is_written_out(key_width) else kernel
         made = prepared if not plan.scores == plan.values == "context" else 0
         queries = 0 if plan.scores == "query" else z * n * h * key_width
-        read = z * n * (s.out_dim if plan.values == "output" and plan.kernel != "fused" else h * value_width)
-        if plan.kernel == "fused":
+        read = z * n * (s.out_dim if plan.values == "output" and kernel != "fused" else h * value_width)
+        if kernel == "fused":
             return made + (queries + read) * self._element
-        weights = z * h * n * m if plan.kernel == "explicit" else min(z * h * n * m, blocks.BLOCK_SCORES)
+        weights = z * h * n * m if kernel == "explicit" else min(z * h * n * m, blocks.BLOCK_SCORES)
         weight_bytes, read_bytes = weights * self._score_element, read * self._element
         # Scores and their softmax are held together, then the softmax and what it reads.
-        at_once = max(2 * weight_bytes, weight_bytes + read_bytes) if plan.kernel == "explicit" else 2 * weight_bytes + read_bytes
+        at_once = max(2 * weight_bytes, weight_bytes + read_bytes) if kernel == "explicit" else 2 * weight_bytes + read_bytes
         return made + queries * self._element + at_once
 
 

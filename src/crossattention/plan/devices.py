@@ -55,6 +55,8 @@ class Speeds:
         online_softmax: cost of a softmax in parts over one of whole rows.
         step_seconds: seconds to start one operation.
         block_seconds: seconds to start one block of the blocked kernel.
+        fused_widest: head width up to which a GPU's quickest fused kernel runs.
+        fused_wide: how much slower the one beyond is.
     """
 
     is_measured: bool
@@ -90,6 +92,8 @@ class Speeds:
     online_softmax: float
     step_seconds: float
     block_seconds: float
+    fused_widest: float = math.inf
+    fused_wide: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -233,34 +237,44 @@ _AMX_BF16 = replace(
     block_seconds=4.31e-4,
 )
 
-# One current data-centre GPU, from its data sheet; nothing here was measured.
-_GPU = replace(
+# Measured on one NVIDIA H200, torch 2.11, 2026-11-26: what kernels reach, by sizes; products fitted by benchmarks/calibrate.py.
+# `threads` are its multiprocessors, so that a rate is that of all of them.
+_H200 = replace(
     _ZEN4,
-    is_measured=False,
-    threads=1,
-    matmul_flops=6e14,
-    matmul_rows=64.0,
-    matmul_columns=64.0,
-    matmul_inner=64.0,
-    batched_flops=6e14,
-    batched_rows=64.0,
-    batched_columns=64.0,
-    batched_inner=64.0,
+    threads=132,
+    matmul_flops=4.9e13,
+    matmul_rows=24.0,
+    matmul_columns=24.0,
+    matmul_inner=16.0,
+    batched_flops=4.9e13,
+    batched_rows=24.0,
+    batched_columns=24.0,
+    batched_inner=16.0,
     quick_from=math.inf,
-    bytes=3.5e12,
+    bytes=4e12,
     cache=3e7,
-    cache_bytes=1e13,
+    cache_bytes=6e12,
     new_bytes=1e15,
-    fused_flops=4e14,
-    fused_rows=32.0,
-    fused_width=32.0,
-    fused_columns=16,
-    fused_exponentials=2e12,
-    fused_block=0.0,
+    fused_flops=4.57e13,
+    fused_rows=1.0,
+    fused_width=27.0,
+    fused_columns=1.0,
+    fused_exponentials=1e15,
+    fused_block=3.07e-5,
     fused_backward=1.3,
-    softmax=4e11,
-    step_seconds=5e-6,
-    block_seconds=3e-5,
+    softmax=1e12,
+    step_seconds=1.4e-5,
+    block_seconds=1.2e-4,
+)
+_H200_BF16 = replace(
+    _H200,
+    matmul_flops=6.8e14,
+    batched_flops=6.5e14,
+    fused_flops=6.9e14,
+    fused_width=30.0,
+    fused_block=2.8e-6,
+    fused_widest=256.0,
+    fused_wide=4.5,
 )
 
 
@@ -320,7 +334,9 @@ def built_in(device: str, dtype: str) -> Speeds:
         return measured if "AMD" in here.vendor or here.kind == "amx" else _without_quick(measured)
     if device == "cuda":
         return _CUDA[dtype]
-    return replace(_ZEN4, is_measured=False, quick_from=math.inf)
+    if device == "meta":
+        return replace(_ZEN4, is_measured=False, quick_from=math.inf)
+    return replace(_CUDA[dtype], is_measured=False)
 
 
 # Zen 5 held to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS): where oneDNN begins to win, what it
@@ -344,8 +360,4 @@ _CPU = {
     "amx": _by_dtype(_AMX, _AMX_BF16),
     "avx2": _by_dtype(_AVX2, _AVX2_BF16),
 }
-_CUDA: dict[str, Speeds] = {}
-for _dtype, _rate in (("float32", 0.08), ("float64", 0.08), ("bfloat16", 1.0), ("float16", 1.0)):
-    _CUDA[_dtype] = replace(
-        _GPU, matmul_flops=_GPU.matmul_flops * _rate, batched_flops=_GPU.batched_flops * _rate, fused_flops=_GPU.fused_flops * _rate
-    )
+_CUDA = _by_dtype(_H200, _H200_BF16)

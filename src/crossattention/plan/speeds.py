@@ -12,7 +12,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from crossattention.plan.devices import Speeds, built_in
@@ -23,6 +23,8 @@ FORMAT = "crossattention speeds 1"
 
 _in_use: dict[tuple[str, str], Speeds] = {}
 _reads_config = True
+generation = 0
+"""How many times the constants in use have changed: who keeps what follows from them asks whether it is the same."""
 
 
 def speeds_of(device: str, dtype: str) -> Speeds:
@@ -58,7 +60,7 @@ def use_speeds(speeds: str | os.PathLike[str] | Mapping[tuple[str, str], Speeds]
         5000000000.0
         >>> use_speeds(None)
     """
-    global _reads_config
+    global _reads_config, generation
     table = {} if speeds is None else dict(speeds) if isinstance(speeds, Mapping) else read_speeds(speeds)
     for key, value in table.items():
         if not isinstance(value, Speeds) or not (isinstance(key, tuple) and len(key) == 2):
@@ -68,6 +70,7 @@ def use_speeds(speeds: str | os.PathLike[str] | Mapping[tuple[str, str], Speeds]
     _reads_config = False
     _in_use.clear()
     _in_use.update(table)
+    generation += 1  # last, so that nothing of before is kept under it
 
 
 def read_speeds(path: str | os.PathLike[str]) -> dict[tuple[str, str], Speeds]:
@@ -103,8 +106,9 @@ def _device_and_dtype(path: str | os.PathLike[str], key: str) -> tuple[str, str]
 
 def _speeds_from(path: str | os.PathLike[str], key: str, values: dict[str, object]) -> Speeds:
     known = {field.name for field in fields(Speeds)}
-    if set(values) != known:
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+    missing = sorted(field.name for field in fields(Speeds) if field.default is MISSING and field.name not in values)
+    unknown = sorted(set(values) - known)
+    if missing or unknown:
         raise ValueError(
             f"{path}, {key}: constants missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
@@ -125,7 +129,7 @@ def config_path() -> Path:
 
 def _read_config() -> None:
     """Use the speeds that the configuration names, `speeds = "file.json"`; a relative path starts at the configuration's folder."""
-    global _reads_config
+    global _reads_config, generation
     path = config_path()
     if not path.is_file():
         if os.environ.get(CONFIG_VARIABLE):
@@ -148,4 +152,5 @@ def _read_config() -> None:
         except OSError as error:
             raise ValueError(f"{path} names speeds that cannot be read: {error}") from error
         _in_use.update(table)
+        generation += 1
     _reads_config = False

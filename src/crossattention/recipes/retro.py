@@ -375,7 +375,8 @@ class RetroTask:
             for (prompt, reference), answer in zip(texts, answers, strict=True)
         ]
         labels, widest = ("text before", "model", "data"), {1: 60, 2: 60, 3: 60}
-        return Examples(labels, tuple(rows), (self.sample_input,), answers=(1,), widest={at: widest[at + 1] for at in range(3)})
+        to_ask = self.sample_input.strip().split("\n", 1)[0][:60]  # a whole prompt would fill the screen
+        return Examples(labels, tuple(rows), (to_ask,), answers=(1,), widest={at: widest[at + 1] for at in range(3)})
 
     def describe(self) -> dict[str, Any]:
         """What a run's folder holds beside the weights, for JSON."""
