@@ -142,3 +142,8 @@ def test_an_index_is_looked_into_as_far_as_its_vectors_need(spread, least, most,
     _, truth = Search(vectors).nearest(queries, 10, exclusion=own(rows))
     _, distances = Search(vectors, IvfIndex.of_parts(index, found)).nearest(queries, 10, exclusion=own(rows))
     assert (distances <= truth[:, -1:] * (1 + 1e-6)).mean() >= searching.RECALL
+
+
+def test_where_everything_is_excluded_an_index_stays_as_it_is(vectors, shards):
+    index = IvfIndex(shards[:1], CONFIG)
+    assert tuned(index, vectors, lambda rows: Exclusion(lambda numbers, ids: np.ones(ids.shape, bool))) == (CONFIG, 1.0)

@@ -391,11 +391,13 @@ def tuned(index: IvfIndex, vectors: np.ndarray, excluded: Callable[[np.ndarray],
     queries, exclusion = np.asarray(vectors[rows], np.float32), excluded(rows)
     _, truth = exact_without(queries, np.arange(len(rows)), _TUNED_K, vectors, exclusion)
     is_there = np.isfinite(truth)
+    if not is_there.any():
+        return index.config, 1.0
 
     def recall(config: IvfConfig) -> float:
         _, found = Search(vectors, IvfIndex.of_parts(index, config)).nearest(queries, _TUNED_K, exclusion=exclusion)
         limit = np.where(is_there, truth, -np.inf).max(1, keepdims=True)
-        return float((found <= limit * (1 + 1e-6) + 1e-6).sum() / max(1, is_there.sum()))
+        return float((found <= limit * (1 + 1e-6) + 1e-6).sum() / is_there.sum())
 
     config = replace(index.config, probes=min(_FEWEST_PROBES, index.config.lists), candidates=512)
     best = recall(config)
