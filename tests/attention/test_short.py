@@ -232,6 +232,19 @@ def test_products_that_the_speeds_in_use_call_large_reach_the_quicker_library(mo
         quick.clear()
 
 
+def test_a_plan_for_autocast_does_not_outlive_it():
+    layer = CrossAttention(96, 64, heads=4, dtype=torch.float64)
+    a, b = torch.randn(2, 1, 96, dtype=torch.float64), torch.randn(2, 900, 64, dtype=torch.float64)
+    usual = speeds_of("cpu", "float32")
+    slow_to_start = replace(usual, step_seconds=1e3, fused_block=0.0)
+    use_speeds({("cpu", "float64"): usual, ("cpu", "bfloat16"): slow_to_start, ("cpu", "float32"): slow_to_start})
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is, but not the plan
+            in_autocast = layer.plan_for(a.shape, b.shape).plan
+            layer(a, b)
+        assert short.way_of(layer, a, b).plan == layer.plan_for(a.shape, b.shape).plan != in_autocast
+
+
 def test_parts_dropout_and_autocast_are_seen(monkeypatch):
     layer, (a, b) = layer_of(dtype=torch.float32), make_inputs(dtype=torch.float32)
     expected = layer(a, b)

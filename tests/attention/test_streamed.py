@@ -252,6 +252,12 @@ def test_what_does_not_fit_is_named(call, error: type[Exception], says: str) -> 
         call(make_layer(), *make_inputs())
 
 
+def test_queries_elsewhere_are_named_rather_than_the_blocks_that_follow_them() -> None:
+    layer, (a, b) = make_layer(), make_inputs()
+    with pytest.raises(ValueError, match="queries are on meta but the layer's weights on cpu"):
+        layer.attend_blocks(a.to("meta"), in_blocks(b))
+
+
 def test_weights_are_hashed_again_only_after_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, a, blocks = CrossAttention(6, 9, heads=2), torch.randn(1, 5, 6), [torch.randn(1, 7, 9)]
     hashed = []

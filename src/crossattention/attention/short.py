@@ -97,8 +97,12 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
     weight, device, dtype = weights["weight"], a.device, a.dtype
     if weight.device != device or b.device != device:
         return None
-    cast = _cast_of(a, b, weight) if torch._C._is_any_autocast_enabled() else None
-    if cast is None and not weight.dtype == dtype == b.dtype:
+    cast = None
+    if torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        cast = _cast_of(a, b, weight)
+        if cast is None:  # the plan is one for autocast's dtype all the same: not that of such a call outside
+            return None
+    elif not weight.dtype == dtype == b.dtype:
         return None
     given = layer._plan
     trains = given == "auto" and torch.is_grad_enabled() and (weight.requires_grad or layer._trains(b))
@@ -131,12 +135,9 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
 
 
 def _cast_of(a: Tensor, b: Tensor, weight: Tensor) -> tuple[torch.dtype, ...] | None:
-    """Autocast's dtype, and those that it brings to it beside A's; None where it is off for this device, or leaves one as it is."""
-    kind = a.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
+    """The dtype of autocast, which is on, and those that it brings to it beside A's; None where it leaves one as it is."""
     given = a.dtype, b.dtype, weight.dtype
-    return (torch.get_autocast_dtype(kind), *given[1:]) if all(dtype in _CAST for dtype in given) else None
+    return (torch.get_autocast_dtype(a.device.type), *given[1:]) if all(dtype in _CAST for dtype in given) else None
 
 
 def _find(layer: CrossAttention, a: Tensor, b: Tensor, cast: torch.dtype | None) -> Way | None:

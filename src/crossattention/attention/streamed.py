@@ -203,6 +203,7 @@ class Stream:
                 f"blocks must be an iterable of tensors (batch, length, {layer.context_dim}) or of (tensor, mask), got "
                 f"{type(blocks).__name__}; one context in memory is layer(a, b)"
             )
+        layer._check_tensor("queries", a)  # first, as blocks follow them to their device
         self.device = a.device
         iterator = iter(blocks)
         self.is_once = iterator is blocks
@@ -215,7 +216,6 @@ class Stream:
         start, _ = self._checked(first, 0, None)
         self.batch = start.shape[0]
         layer._check_shapes(tuple(a.shape), (self.batch, 0, layer.context_dim))
-        layer._check_tensor("queries", a)
         total = getattr(blocks, "rows", None)
         length = min(PLANNED_ROWS, total) if isinstance(total, int) else PLANNED_ROWS
         if plan is None:
