@@ -39,7 +39,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X (..., inner) times weight (columns, inner) transposed, plus bias: `F.linear`, by the quicker library."""
-    if not is_quick(x, weight):
+    if not _is_quick(x, weight):
         return F.linear(x, weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or (
@@ -61,11 +61,11 @@ def batched(x: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
         if x.shape[0] == 1 and out is None:
             return F.linear(x[0], weights[0]).unsqueeze(0)
         return torch.bmm(x, weights.transpose(1, 2)) if out is None else torch.bmm(x, weights.transpose(1, 2), out=out)
-    if out is not None and not is_quick(x[0], weights[0]):
+    if out is not None and not _is_quick(x[0], weights[0]):
         return torch.bmm(x, weights.transpose(1, 2), out=out)
     if x.shape[0] == 1:
         return linear(x[0], weights[0]).unsqueeze(0)
-    if not torch.compiler.is_compiling() and x.shape[0] and is_quick(x[0], weights[0]):
+    if not torch.compiler.is_compiling() and x.shape[0] and _is_quick(x[0], weights[0]):
         return torch.stack([linear(one, weight) for one, weight in zip(x.unbind(), weights.unbind(), strict=True)])
     return torch.bmm(x, weights.transpose(1, 2))
 
@@ -130,16 +130,11 @@ class _IntoFloat(torch.autograd.Function):
         )
 
 
-def multiply(x: Tensor, weight: Tensor, out: Tensor | None = None, *, adds: bool = False) -> Tensor:
-    """X (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs; to, or added to, `out`."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """X (rows, inner) times weight (columns, inner) transposed, outside of autograd and of graphs."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and _is_large(x.shape[0], *weight.shape):
-        product = _onednn(x, weight, None)
-        if out is None:
-            return product
-        return out.add_(product) if adds else out.copy_(product)
-    if out is None:
-        return x @ weight.t()
-    return out.addmm_(x, weight.t()) if adds else torch.mm(x, weight.t(), out=out)
+        return _onednn(x, weight, None)
+    return x @ weight.t()
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -165,7 +160,7 @@ def _is_large(rows: int, columns: int, inner: int) -> bool:
     return _has_onednn and 0.0 < flops >= speeds_of("cpu", "float32").quick_from
 
 
-def is_quick(x: Tensor, weight: Tensor) -> bool:
+def _is_quick(x: Tensor, weight: Tensor) -> bool:
     """Whether a product goes to oneDNN: large, float32, on a CPU, and not looked into by anything that knows only torch's own."""
     if torch.compiler.is_compiling():
         return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _is_quick_in_graphs(x, weight)

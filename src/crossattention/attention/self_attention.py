@@ -311,45 +311,12 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """Projected queries (before parts), keys (after them) and values, each (z, heads, t, width)."""
-        return self._split(project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x), offset)
-
-    def _split(self, queries: Tensor, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of what the projections give, (z, t, heads width) each."""
-        at = self._positions(keys, offset, keys.shape[1])
-        queries = execute.split_heads(queries, self.heads).transpose(1, 2)
-        keys = execute.split_heads(keys, self.kv_heads).transpose(1, 2)
-        values = execute.split_heads(values, self.kv_heads).transpose(1, 2)
-        return queries, execute.place_keys(self, keys, at), values
-
-    def read(self, queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """What the heads read, (z, n, h v), before the output projection.
-
-        `forward` in parts, for callers that take the projections together with something else; each is (z, n, heads width).
-
-        Args:
-            queries: `q_proj` of the sequence.
-            keys: `k_proj` of it.
-            values: `v_proj` of it.
-            mask: as of `forward`.
-        """
-        if mask is not None:
-            check_context_mask(mask, keys.shape[0], keys.shape[1], keys.device)
-        split = self._split(queries, keys, values, 0)
-        return self._read(keys, *split, mask, None, 0)
+        queries = execute.split_heads(project(self.q_proj, x), self.heads).transpose(1, 2)
+        keys = execute.split_heads(project(self.k_proj, x), self.kv_heads).transpose(1, 2)
+        values = execute.split_heads(project(self.v_proj, x), self.kv_heads).transpose(1, 2)
+        return queries, execute.place_keys(self, keys, self._positions(x, offset, x.shape[1])), values
 
     def _attend(
-        self,
-        x: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        attn_mask: Tensor | None,
-        offset: int,
-    ) -> Tensor:
-        return project(self.out_proj, self._read(x, queries, keys, values, mask, attn_mask, offset))
-
-    def _read(
         self,
         x: Tensor,
         queries: Tensor,
@@ -365,7 +332,7 @@ class SelfAttention(nn.Module):
         if learns and attn_mask is None and dropout == 0.0:
             whole = self._attend_by_distance(placed, keys, values, mask, offset)
             if whole is not None:
-                return whole.transpose(1, 2).flatten(2)
+                return project(self.out_proj, whole.transpose(1, 2).flatten(2))
         kernel = "explicit" if learns or _is_quicker_written_out(queries, keys, values) else "fused"
         spans = [(0, x.shape[1], keys.shape[2])]
         if learns and self.is_causal and mask is None and attn_mask is None and dropout == 0.0:
@@ -376,7 +343,7 @@ class SelfAttention(nn.Module):
             some = (placed[:, :, begin:end], keys[:, :, :length], values[:, :, :length])
             read.append(execute.attend_heads(*some, score_mask, scale=self.scale, dropout=dropout, kernel=kernel)[0])
         whole = read[0] if len(read) == 1 else torch.cat(read, 2)
-        return whole.transpose(1, 2).flatten(2)
+        return project(self.out_proj, whole.transpose(1, 2).flatten(2))
 
     def _attend_by_distance(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, offset: int) -> Tensor | None:
         """What is read, (z, h, n, v), where the position part is a table of distances; None where other ways are to be taken."""

@@ -58,7 +58,6 @@ from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import ACTIVATIONS, FeedForward
 from crossattention.layers.norms import RMSNorm
 from crossattention.layers.positions import RelativeLogits
-from crossattention.layers.pre_norm import add_feed_forward, add_self_attention, with_norm
 from crossattention.models.generate import draw_from
 from crossattention.models.pretrained import Pretrained
 
@@ -305,12 +304,11 @@ class RetroEncoderLayer(nn.Module):
     def forward(self, x: Tensor, chunks: Tensor, mask: Tensor | None) -> Tensor:
         """One layer on neighbours (y, k, r, b) of y chunks (y, c, d), reading where mask (y k, r) is True."""
         flat = x.flatten(0, 1)
-        x = add_self_attention(flat, self.self_attention_norm, self.self_attention, self.dropout, mask).view_as(x)
+        x = self.dropout(self.self_attention(self.self_attention_norm(flat), mask=mask), flat).view_as(x)
         if self.cross_attention is not None:  # the k neighbours read one chunk, which is projected once
             assert self.cross_attention_norm is not None and self.chunk_norm is not None
-            x, normed = with_norm(x, self.cross_attention_norm)
-            x = self.dropout(self.cross_attention(normed, self.chunk_norm(chunks)), x)
-        return add_feed_forward(x, self.feed_forward_norm, self.feed_forward, self.dropout)
+            x = self.dropout(self.cross_attention(self.cross_attention_norm(x), self.chunk_norm(chunks)), x)
+        return self.dropout(self.feed_forward(self.feed_forward_norm(x)), x)
 
 
 class RetroEncoder(nn.Module):
@@ -369,7 +367,7 @@ class RetroLayer(nn.Module):
 
     def read_itself(self, x: Tensor) -> Tensor:
         """The sequence x (z, n, d) after its self-attention."""
-        return add_self_attention(x, self.self_attention_norm, self.self_attention, self.dropout)
+        return self.dropout(self.self_attention(self.self_attention_norm(x)), x)
 
     def step_itself(self, x: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         """The same of the next tokens alone."""
@@ -378,7 +376,7 @@ class RetroLayer(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """The sequence after its feed-forward layer."""
-        return add_feed_forward(x, self.feed_forward_norm, self.feed_forward, self.dropout)
+        return self.dropout(self.feed_forward(self.feed_forward_norm(x)), x)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -554,8 +552,8 @@ class Retro(Pretrained, nn.Module):
                 if states is None:
                     whole = x[:, : found.ids.shape[1] * self.config.chunk_length]
                     states = self._encoded(found, whole)
-                x, normed = with_norm(x, layer.cross_attention_norm)
-                x = layer.dropout(layer.cross_attention(normed, states, found.mask), x)
+                update = layer.cross_attention(layer.cross_attention_norm(x), states, found.mask)
+                x = layer.dropout(update, x)
             x = layer.transform(x)
         return self._logits(x) if labels is None else self._nats(x, labels)
 
