@@ -80,21 +80,10 @@ def way_of(layer: CrossAttention, a: object, b: object) -> Way | None:
         return None
     modules = layer._modules
     for name in ("k_proj", "v_proj", "out_proj", "q_proj"):
-        module = modules.get(name)
-        if type(module) is not nn.Linear:
+        if not _is_plain_module(modules.get(name)):
             return None
-        held = module.__dict__
-        weights = held["_parameters"]
-        if (
-            type(weights.get("weight")) not in _PLAIN
-            or "forward" in held
-            or held["_forward_hooks"]
-            or held["_forward_pre_hooks"]
-            or held["_backward_hooks"]
-            or held["_backward_pre_hooks"]
-        ):
-            return None
-    weight, device, dtype = weights["weight"], a.device, a.dtype
+    weight: Any = modules["q_proj"].__dict__["_parameters"]["weight"]
+    device, dtype = a.device, a.dtype
     if weight.device != device or b.device != device:
         return None
     cast = None
@@ -269,7 +258,7 @@ def project_plainly(layer: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
             return None
         weights: dict[str, Any] = module._parameters  # type: ignore[union-attr]
         weight = weights["weight"]
-        if weight.dtype != x.dtype or weight.device != x.device or type(weight) not in _PLAIN:
+        if weight.dtype != x.dtype or weight.device != x.device:
             return None
         made.append(product(x, weight, weights["bias"]).view(z, n, layer.heads, layer.head_dim).transpose(1, 2))
     return made[0], made[1], made[2]
@@ -292,7 +281,7 @@ def _is_plain_module(module: nn.Module | None) -> bool:
     if type(module) is not nn.Linear:
         return False
     held = module.__dict__
-    return "weight" in held["_parameters"] and not (
+    return type(held["_parameters"].get("weight")) in _PLAIN and not (
         "forward" in held
         or held["_forward_hooks"]
         or held["_forward_pre_hooks"]
