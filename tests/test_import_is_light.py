@@ -38,6 +38,7 @@ def test_import_brings_nothing_from_outside_but_what_torch_and_safetensors_bring
     assert "torch" in outside(ours)
 
 
+@pytest.mark.slow
 def test_public_names_come_when_they_are_used_and_help_need_not_wait_for_torch() -> None:
     assert "torch" not in modules_after("import crossattention, crossattention.cli.main")
     assert "torch" in modules_after("import crossattention; crossattention.models.Transformer")
@@ -48,5 +49,6 @@ def test_import_does_not_start_the_compiler(ours: set[str], torch_alone: set[str
     assert ours & compilers - torch_alone == set()
 
 
+@pytest.mark.slow
 def test_a_heavy_import_would_be_seen(torch_alone: set[str]) -> None:
     assert "rich" in outside(modules_after("import torch, safetensors, safetensors.torch, rich")) - outside(torch_alone)

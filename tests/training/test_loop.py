@@ -501,6 +501,7 @@ def test_a_machine_that_becomes_slower_does_not_lengthen_the_minutes(tmp_path, c
     assert of_kind(events, Evaluated)[-1].step == events[-1].step
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_to_the_steps_that_its_minutes_became(tmp_path, clock):
     out = tmp_path / "run"
     config = toy_config(minutes=0.5, evaluations=3)
@@ -529,8 +530,8 @@ def test_minutes_too_short_for_a_step_still_end_with_a_model(tmp_path, clock):
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("step", [5, 100])
-@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+@pytest.mark.parametrize("step", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jump", [pytest.param(3600.0, marks=pytest.mark.slow), -3600.0])
 def test_a_clock_that_jumps_loses_nothing(tmp_path, clock, step, jump):
     class Jumping(ToyTask):
         def batch_at(self, index):
