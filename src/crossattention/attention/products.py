@@ -144,14 +144,19 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks, or a forward of its own, would see or change what the module computes."""
+    """Whether hooks, its own or everybody's, or a forward of its own, would see or change what the module computes."""
+    return has_hooks(module) or bool(torch_module._has_any_global_hook())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks or a forward of its own."""
+    held = module.__dict__  # asked of the module, each takes as long as all of this
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()
+        "forward" in held
+        or held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
     )
 
 

@@ -22,6 +22,7 @@ from crossattention.attention.masks import check_context_mask
 from crossattention.attention.products import (
     batched,
     batched_into_float,
+    has_hooks,
     is_looked_into,
     linear,
     multiplies_into_float,
@@ -278,16 +279,7 @@ def read_plainly(
 
 def _is_plain_module(module: nn.Module | None) -> bool:
     """Whether a projection is a `nn.Linear` without hooks, a forward of its own or a weight that is made anew at each call."""
-    if type(module) is not nn.Linear:
-        return False
-    held = module.__dict__
-    return type(held["_parameters"].get("weight")) in _PLAIN and not (
-        "forward" in held
-        or held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-    )
+    return type(module) is nn.Linear and type(module.__dict__["_parameters"].get("weight")) in _PLAIN and not has_hooks(module)
 
 
 def attend_plainly(layer: CrossAttention, a: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None = None) -> Tensor:
