@@ -27,7 +27,7 @@ from crossattention.plan.choose import ADVANTAGE
 from crossattention.plan.cost import CostModel
 
 Times = list[tuple[Sizes, dict[Plan, float]]]
-FIXED = {"is_measured", "threads", "quick_from", "new_from", "online_softmax", "fused_widest"}
+FIXED = {"is_measured", "threads", "quick_from", "new_from", "online_softmax", "fused_widest", "few_queries_from"}
 BLUR = 0.08
 """Difference of two logarithmic estimates at which the dearer one is still preferred about a quarter of the time."""
 PRICE = 0.003

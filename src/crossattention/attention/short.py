@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from crossattention.attention.fused import read_whole
 from crossattention.attention.masks import check_context_mask
 from crossattention.attention.products import (
     batched,
@@ -221,7 +222,7 @@ def _textbook(layer: CrossAttention, a: Tensor, b: Tensor, context_mask: Tensor 
 def _fused(queries: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
     """Torch's kernel on queries (z, h, n, c), with zeros where an item's context is masked whole."""
     if context_mask is None:
-        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        return read_whole(queries, keys, values, scale)
     z, m = context_mask.shape
     read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=context_mask.view(z, 1, 1, m), scale=scale)
     if read.is_cpu:

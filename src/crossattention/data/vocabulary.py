@@ -86,10 +86,10 @@ class _Table:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The symbol of each id that stands for text."""
-        found = []
+        found, size = [], self.size
         for number in ids:
-            if not 0 <= number < self.size:
-                raise ValueError(f"expected ids from 0 to {self.size - 1}, got {number}; it is of another vocabulary")
+            if not 0 <= number < size:
+                raise ValueError(f"expected ids from 0 to {size - 1}, got {number}; it is of another vocabulary")
             if number >= FIRST_ID:
                 found.append(self.symbols[number - FIRST_ID])
             elif number == UNKNOWN and self.is_open:

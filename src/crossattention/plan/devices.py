@@ -57,6 +57,8 @@ class Speeds:
         block_seconds: seconds to start one block of the blocked kernel.
         fused_widest: head width up to which a GPU's quickest fused kernel runs.
         fused_wide: how much slower the one beyond is.
+        few_queries_from: heads of all items together from which on a few queries of each are quicker written out than read by the
+            fused kernel (`attention/fused.py` says how few); inf where that was not measured.
     """
 
     is_measured: bool
@@ -94,6 +96,7 @@ class Speeds:
     block_seconds: float
     fused_widest: float = math.inf
     fused_wide: float = 1.0
+    few_queries_from: float = math.inf
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -211,6 +214,7 @@ _AMX = replace(
     softmax_columns=7.79,
     step_seconds=3.21e-5,
     block_seconds=2.85e-4,
+    few_queries_from=192,
 )
 
 _AMX_BF16 = replace(
@@ -350,7 +354,7 @@ def _by_dtype(float32: Speeds, bfloat16: Speeds) -> dict[str, Speeds]:
     products = min(float32.matmul_flops, float32.quick_flops) / 2
     many, fused = float32.batched_flops / 2, float32.fused_flops / 2
     slow = partial(replace, is_measured=False, matmul_flops=products, batched_flops=many, fused_flops=fused)
-    doubles, float16 = slow(float32, quick_from=math.inf), slow(bfloat16)
+    doubles, float16 = slow(float32, quick_from=math.inf, few_queries_from=math.inf), slow(bfloat16)
     return {"float32": float32, "float64": doubles, "bfloat16": bfloat16, "float16": float16}
 
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import resources
 from typing import Literal
 
@@ -192,9 +193,10 @@ def to_ipa(phones: str) -> str:
         >>> to_ipa("K AE1 T") == "k\u02c8\u00e6t"
         True
     """
-    return "".join(_phone_to_ipa(symbol) for symbol in phones.split())
+    return "".join(map(_phone_to_ipa, phones.split()))
 
 
+@cache
 def _phone_to_ipa(symbol: str) -> str:
     digit = symbol[-1] if symbol[-1] in _STRESS_MARKS else ""
     phone = symbol.removesuffix(digit) if digit else symbol
