@@ -388,12 +388,16 @@ def test_a_view_is_written(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "three" in text and "<b>" not in text.partition("<body")[2]
     assert seen.view(tmp_path / "map.svg").stat().st_size > 0
+    assert seen.view(tmp_path / "map.HTML", context=iter("abcdefg")).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_a_view_that_cannot_be_is_refused(tmp_path):
     seen = recording_to_view()
     with pytest.raises(ValueError, match="queries has 1 labels, but the map has 4 of them"):
         seen.view(tmp_path / "map.html", queries=["one"])
+    for wrong in ("four", 4):  # one text is no list of labels, though it has four letters
+        with pytest.raises(TypeError, match=rf"queries expects a list with a label for each position, .* got \w+ '?{wrong}"):
+            seen.view(tmp_path / "map.html", queries=wrong)
     with pytest.raises(ValueError, match=r"item 2 is not in a batch of shape \(2,\)"):
         seen.view(tmp_path / "map.html", item=2)
     with pytest.raises(ValueError, match=r"writes \.html, \.png or \.svg, got 'map\.pdf'"):

@@ -56,6 +56,8 @@ FAMILIES = [
     ),
 ]
 
+FAMILIES_THAT_MAKE_ROWS = [(t5, read_text), (bert, read_text), (t5gemma, read_text), (trocr, read_states), (perceiver, read_inputs)]
+
 
 @pytest.mark.parametrize(("make", "read"), FAMILIES)
 @torch.no_grad()
@@ -73,6 +75,20 @@ def test_a_forward_pass_shows_the_weights_of_eager_attention(make: Callable[[], 
         assert_close(top.weights, weights.topk(3).values)
         assert_close(mass, weights.sum(2))
     assert not [name for name, module in model.named_modules() if {"forward", "generate"} & {*module.__dict__}]
+
+
+@pytest.mark.parametrize(
+    ("make", "read"), [(bart, read_text), *(pytest.param(*one, marks=pytest.mark.slow) for one in FAMILIES_THAT_MAKE_ROWS)]
+)
+@torch.no_grad()
+def test_a_path_leaves_padding_out_also_where_the_model_makes_the_matrix_itself(make: Callable[[], nn.Module], read: Run) -> None:
+    model = eager_of(make().eval())
+    with record_attention(model, [Alignment(), WHOLE]) as seen:
+        read(model)
+    for layer in seen.layers.values():
+        path, rows = layer.merged.results
+        assert path.last[:, -1].tolist() == [M - 1, 3] and not rows[1, :, :, 4:].any()
+        assert bool((path.first <= path.last).all())
 
 
 @pytest.mark.slow
@@ -222,10 +238,11 @@ def test_a_softmax_of_something_else_keeps_its_rows() -> None:
         [parameter.mul_(3.0) for name, parameter in model.named_parameters() if "cross_attn" in name]
     given = {"input_ids": SOURCE, "attention_mask": MASK.long(), "max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2}
     found = model.generate(**given, output_attentions=True, return_dict_in_generate=True)
-    with record_attention(model, [Rows(range(4))]) as seen:
+    with record_attention(model, [Rows(range(4)), Alignment()]) as seen:
         model.generate(**given)
     for number, layer in enumerate(seen.layers.values()):
         assert_close(layer.merged[0], traced(found, number, 2))
+        assert layer.merged[1].last[:, -1].tolist() == [M - 1, 3]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from crossattention.views.pages import write_page
+from crossattention.views.pages import AttentionLayer, AttentionView, TextSide, write_page
 from view_samples import HOSTILE, hostile_view, large_view, long_view, memory_view, picture_view, sound_view, text_view
 
 pytestmark = pytest.mark.browser
@@ -121,6 +121,28 @@ def test_keys_choose_layers_heads_queries_and_search(show):
     assert "position 1 “e” receives" in browser.evaluate(READOUT)
     browser.press("Escape")
     assert "the largest weight is" in browser.evaluate(READOUT)
+
+
+@pytest.mark.parametrize("start", [{}, {"layer": 1, "head": 2}])
+@pytest.mark.parametrize(("layer", "head"), [(-1, -1), (-1, 1), (1, -1), (0, 2), (1, 2)])
+def test_what_is_chosen_can_be_sent_by_its_address(start, layer, head, browser, tmp_path):
+    """Means too, also where the page was made to start with a layer and a head."""
+    path = write_page(text_view(), tmp_path / "page.html", **start)
+    browser.open(path)
+    browser.evaluate(f"crossattentionPage.choose({layer}, {head}), crossattentionPage.draw()")
+    told = browser.evaluate(READOUT)
+    browser.open(path, fragment=browser.evaluate("location.hash"))
+    assert browser.evaluate(READOUT) == told
+    assert browser.evaluate("[crossattentionPage.state.layer, crossattentionPage.state.head]") == [layer, head]
+
+
+def test_a_long_text_is_cut_between_characters_and_not_within_one(show):
+    labels = tuple("x" * at + "🎉" * 5_000 for at in range(2))
+    layer = AttentionLayer.of_weights("layer", "cross-attention", [[[0.5, 0.5]]])
+    browser = show(AttentionView("a title", TextSide(("a",)), TextSide(labels), (layer,)))
+    shown = browser.evaluate("[...document.querySelectorAll('.context .token .text')].map(e => [e.textContent, e.title])")
+    lone = browser.evaluate("[...document.querySelectorAll('body *')].filter(e => !e.textContent.isWellFormed()).length")
+    assert lone == 0 and len(shown) >= 2 and all(part.endswith("🎉…") for parts in shown for part in parts)
 
 
 def test_an_address_that_names_nothing_is_passed_over(show):

@@ -19,7 +19,7 @@ from crossattention.interop.seats import Look
 
 CONTEXTS = ("key_value_states", "encoder_hidden_states", "inputs", "cross_attention_states", "image_hidden_states")
 """What modules call the other sequence."""
-MASKS = ("attention_mask", "mask", "encoder_attention_mask")
+MASKS = ("attention_mask", "mask", "encoder_attention_mask", "inputs_mask")
 """What they call what is added to the scores."""
 
 

@@ -69,7 +69,7 @@ class KernelWatch(TorchFunctionMode):
             elif func in PRODUCTS:
                 self._last_product = args[:2] if len(args) > 1 else None
             elif func in SOFTMAXES and _is_over_rows(out, args, kwargs):
-                self._take(WeightRows(self._by_item(out), self._guesses(out)))
+                self._take(WeightRows(self._by_item(out), self._guesses(out), self._guess[0]))
         return out
 
     def _take(self, rows: MapRows) -> None:

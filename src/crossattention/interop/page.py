@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,8 +82,13 @@ def _side(pages: Any, name: str, given: Any, length: int) -> Any:
     """What a sequence is shown as: numbers, tokens, or what the caller made."""
     if given is None:
         return pages.LongSide(length, {})
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+    if isinstance(given, pages.TextSide | pages.ImageSide | pages.SoundSide | pages.LongSide):
         return given
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"{name} expects a list with a label for each position, or a side of crossattention.views.pages, got "
+            f"{type(given).__name__} {given!r:.60}; for letters pass list(text)"
+        )
     labels = tuple(map(str, given))
     if len(labels) != length:
         raise ValueError(f"{name} has {len(labels)} labels, but the map has {length} of them; give one for each")

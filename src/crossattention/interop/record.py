@@ -147,14 +147,15 @@ class Recording:
         Raises:
             ValueError: nothing was recorded, no `TopK` was asked for, several calls that are not merged, labels that do not fit, an
                 item that is not there, another ending.
+            TypeError: labels that are neither a list nor a side.
         """
         from crossattention.views import pages
 
         view = page_of(pages, self.layers, self._summaries, queries, context, item, title or self._of)
         path = Path(path)
-        if path.suffix not in (".html", ".png", ".svg"):
+        if path.suffix.lower() not in (".html", ".png", ".svg"):
             raise ValueError(f"view writes .html, .png or .svg, got {path.name!r}; choose one of these endings")
-        (pages.write_page if path.suffix == ".html" else pages.write_figure)(view, path)
+        (pages.write_page if path.suffix.lower() == ".html" else pages.write_figure)(view, path)
         return path
 
     def __repr__(self) -> str:

@@ -170,15 +170,17 @@ class WeightRows:
     Args:
         whole: (z, h, n, m), before dropout.
         guesses: maps of queries and keys of which one may be this one.
+        mask: what the call had as a mask, bool or added to scores; only where it is one of four dimensions tells it of positions.
     """
 
     repeats = None
     makes_all_heads = False
-    context_mask = None
     key_width = 1
 
-    def __init__(self, whole: Tensor, guesses: Sequence[KernelRows] = ()) -> None:
+    def __init__(self, whole: Tensor, guesses: Sequence[KernelRows] = (), mask: Tensor | None = None) -> None:
         self.whole, self._guesses = whole.detach(), guesses
+        is_of_these = mask is not None and mask.dim() == 4 and 0 not in mask.shape and _broadcasts(mask.shape, self.shape)
+        self._mask = mask.detach() if mask is not None and is_of_these else None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -202,6 +204,12 @@ class WeightRows:
         """Every head has rows of its own."""
         return self.whole.shape[1]
 
+    @property
+    def context_mask(self) -> Tensor | None:
+        """Bool (z, m): False at positions that the mask of the call forbids every query; None without one."""
+        z, _, _, m = self.shape
+        return None if self._mask is None else _some_allowed(self._mask).expand(z, m)
+
     def weights(self, items: slice, repeats: slice, heads: slice, queries: slice) -> Tensor:
         """The weights (items, heads, queries, m), in float32 at least; `repeats` is slice(0, 1)."""
         some = self.whole[items, heads, queries]
@@ -219,7 +227,9 @@ class WeightRows:
                 return known.step_after(last)
             if last is not None:
                 raise ValueError("its first steps were a softmax of queries and keys with their mask, and a later one is not")
-        return WeightRows(self.whole.clone() if last is None else self.whole[:, :, -1:].clone())
+        if last is not None:
+            return WeightRows(self.whole[:, :, -1:].clone())
+        return WeightRows(self.whole.clone(), mask=None if self._mask is None else self._mask[:, :, -1:].clone())
 
     def _is(self, guess: KernelRows) -> bool:
         """Whether a guess gives the first and the last of these rows."""
@@ -238,7 +248,8 @@ class WeightRows:
         """The rows of whole sequences out of those of their steps; Args as for `KernelRows.of_steps`."""
         items = picks.clamp(min=0)
         parts = [_items(step.whole, items[:, s]) * (picks[:, s] >= 0)[:, None, None, None] for s, step in enumerate(steps)]
-        return cls(torch.cat(parts, 2))
+        mask = steps[0]._mask
+        return cls(torch.cat(parts, 2), mask=None if mask is None else _items(mask, items[:, 0]))
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

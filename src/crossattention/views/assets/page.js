@@ -56,10 +56,15 @@ class Page {
   choose(layer, head) {
     const { layers } = this.attention;
     layer = Math.max(layers.length > 1 ? -1 : 0, Math.min(layers.length - 1, layer));
-    const heads = layer < 0 ? Math.min(...layers.map((one) => one.heads)) : layers[layer].heads;
-    Object.assign(this.state, { layer, head: Math.max(-1, Math.min(heads - 1, head)) });
+    Object.assign(this.state, { layer, head: Math.max(-1, Math.min(this.headsOf(layer) - 1, head)) });
     this.writeAddress();
     this.refresh();
+  }
+
+  /** How many heads can be chosen in a layer, or in all of them. */
+  headsOf(layer) {
+    const { layers } = this.attention;
+    return layer < 0 ? Math.min(...layers.map((one) => one.heads)) : layers[layer].heads;
   }
 
   hover(role, at) {
@@ -233,23 +238,24 @@ class Page {
 
   // ------------------------------------------------------------------------------------- the address and the rest
 
-  /** What is chosen stands behind the # of the address, so that it can be sent and printed. Numbers only are read from it. */
+  /** What is chosen stands behind the # of the address, so that it can be sent and printed. Numbers and "mean" are read from it. */
   readAddress(start) {
-    const given = new URLSearchParams(location.hash.slice(1));
+    const given = new URLSearchParams(location.hash.slice(1)), { layers } = this.attention;
+    const isMean = (name) => given.get(name) === "mean";
     const number = (name, most) => {
       const value = Number.parseInt(given.get(name), 10);
       return Number.isInteger(value) && value >= 0 && value < most ? value : null;
     };
-    const layer = number("layer", this.attention.layers.length) ?? start.layer;
+    const layer = isMean("layer") && layers.length > 1 ? -1 : number("layer", layers.length) ?? start.layer;
     if (layer !== null) this.state.layer = layer;
-    const heads = this.state.layer < 0 ? 0 : this.attention.layers[this.state.layer].heads;
-    this.state.head = number("head", heads) ?? (layer === start.layer ? start.head : null) ?? -1;
+    const atStart = layer === start.layer && !isMean("head") ? start.head : null;
+    this.state.head = number("head", this.headsOf(this.state.layer)) ?? atStart ?? -1;
     this.pinned = { queries: number("query", this.queries.length), context: number("position", this.context.length) };
   }
 
   writeAddress() {
     const { layer, head } = this.state, parts = { layer, head, query: this.pinned.queries, position: this.pinned.context };
-    const kept = Object.entries(parts).filter(([, value]) => value !== null && value >= 0).map(([name, value]) => `${name}=${value}`);
+    const kept = Object.entries(parts).filter(([, value]) => value !== null).map(([name, value]) => `${name}=${value < 0 ? "mean" : value}`);
     try {
       history.replaceState(null, "", `#${kept.join("&")}`);
     } catch {

@@ -76,5 +76,6 @@ class Side {
   }
 }
 
-const cut = (text, limit) => (text.length <= limit ? text : `${text.slice(0, limit - 1)}…`);
+/** At most so many UTF-16 units of a text; a character that takes two is cut off whole. */
+const cut = (text, limit) => (text.length <= limit ? text : `${text.slice(0, limit - 1).replace(/[\ud800-\udbff]$/, "")}…`);
 const seconds = (number) => number.toFixed(number < 100 ? 2 : 1);
