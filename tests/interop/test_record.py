@@ -391,6 +391,26 @@ def test_a_view_is_written(tmp_path):
     assert seen.view(tmp_path / "map.HTML", context=iter("abcdefg")).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_layers_that_read_other_sequences_have_pages_of_their_own(tmp_path):
+    model = nn.ModuleList([CrossAttention(12, B, heads=2), CrossAttention(12, B, heads=3)])
+    with record_attention(model) as seen:
+        model[0](torch.randn(2, 4, 12), torch.randn(2, M, B))
+        model[1](torch.randn(2, 5, 12), torch.randn(2, M, B))
+    with pytest.raises(
+        ValueError, match=r"got \(queries, context\) of \[\(4, 7\), \(5, 7\)\]; choose some that do, as layers=\['0'\]"
+    ):
+        seen.view(tmp_path / "map.html")
+    text = seen.view(tmp_path / "map.html", layers=["1"], queries="a b c d e".split()).read_text(encoding="utf-8")
+    assert '"names":[["1","cross"]]' in text
+    for wrong, error, message in (
+        ([], ValueError, "layers that were recorded, 0, 1; got an empty list"),
+        (["1", "2"], ValueError, "layers that were recorded, 0, 1; got '2'"),
+        ("1", TypeError, r"layers expects a list of names, got the text '1'; write \['1'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            seen.view(tmp_path / "map.html", layers=wrong)
+
+
 def test_a_view_that_cannot_be_is_refused(tmp_path):
     seen = recording_to_view()
     with pytest.raises(ValueError, match="queries has 1 labels, but the map has 4 of them"):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -415,11 +416,20 @@ def test_what_is_no_summary_is_refused(summaries, error, message):
         (lambda: Entropy(heads="all"), ValueError, """heads must be "each" or "mean", got 'all'"""),
         (lambda: Rows([]), ValueError, "Rows expects at least one query, got none"),
         (lambda: Rows([1, 0.5]), TypeError, "got float 0.5"),
+        (lambda: Rows([1, None]), TypeError, "got NoneType None"),
+        (lambda: Rows([True]), TypeError, "got bool True"),
+        (lambda: Rows(3), TypeError, r"got int 3; write Rows\(\[0\]\) for the first alone"),
+        (lambda: Rows(torch.tensor(0)), TypeError, "got int 0"),
     ],
 )
 def test_a_summary_that_cannot_be_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_numpy_s_integers_are_integers():
+    top, rows = TopK(np.int64(3)), Rows(np.arange(2))
+    assert (type(top.k), top.k, rows.queries) == (int, 3, (0, 1))
 
 
 def test_bad_calls_are_refused_as_the_layer_refuses_them():

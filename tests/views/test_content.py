@@ -48,6 +48,10 @@ def test_a_layer_of_weights_keeps_the_largest_and_sums_what_each_position_receiv
     [
         (lambda: TextSide("abc"), r"tokens expects a sequence of texts, got the text 'abc'; write \('abc',\) or tuple\(text\)"),
         (lambda: TextSide(("a", 3)), "tokens expects texts, got int 3"),
+        (lambda: TextSide(("a", None)), "tokens expects texts, got NoneType None"),
+        (lambda: LongSide(5, {0: None}), "labels expects texts, got NoneType None"),
+        (lambda: view(layer(), queries="ab"), r"queries expects a side, as TextSide\(tokens\), got str 'ab'"),
+        (lambda: FeedForwardView("t", ("a",), ()), r"tokens expects a side, as TextSide\(tokens\), got tuple \('a',\)"),
         (lambda: ImageSide(b"GIF89a", 2, 2), "png expects the bytes of a PNG file, got 6 bytes that begin with b'GIF89a'"),
         (lambda: ImageSide(png(64, 48), 49, 8), "rows must be 1 to 48, the picture's pixels that way, got 49"),
         (
@@ -86,6 +90,7 @@ def test_what_does_not_fit_is_named_with_its_numbers(make, words):
 
 
 def test_positions_have_their_lengths():
+    assert TextSide(letter for letter in "abc").tokens == ("a", "b", "c")
     assert ImageSide(png(), 6, 8, ("[CLS]",)).length == 49
     sound = SoundSide(np.zeros(8000), 8000, 50)
     assert (sound.seconds, sound.seconds_per_position, sound.length) == (1.0, 0.02, 50)

@@ -184,6 +184,8 @@ def test_strips_go_from_50_000_positions_down_to_one(show):
         assert first <= inner and inner + inner_length <= first + length
     last = strips[-1]
     assert last[0] <= 31_415 < last[0] + last[1]
+    above = browser.evaluate("[...document.querySelectorAll('.strip')].at(-1).textContent")
+    assert above.startswith("one position a cell; the tallest, position 31,415 “here”, is 1.0")
     browser.press("/", *"seven", "Enter")
     assert "position 7 “seven” receives" in browser.evaluate(READOUT)
     assert browser.evaluate("document.querySelectorAll('.strip')[2].level.first") == 0

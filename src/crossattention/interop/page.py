@@ -34,8 +34,8 @@ def page_of(
     lengths = {recorded.shape[-2:] for recorded in shown.values()}
     if len(lengths) > 1:
         raise ValueError(
-            f"view shows layers that read the same two sequences, got (queries, context) of {sorted(lengths)}; record a "
-            "part of the model, or without self_attention"
+            f"view shows layers that read the same two sequences, got (queries, context) of {sorted(lengths)}; choose some that "
+            f"do, as layers=[{next(iter(shown))!r}]"
         )
     n, m = next(iter(lengths))
     views = tuple(_layer(pages, layers[name], name, recorded, places, item) for name, recorded in shown.items())

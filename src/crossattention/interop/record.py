@@ -131,6 +131,7 @@ class Recording:
         context: Any = None,
         item: int | tuple[int, int] = 0,
         title: str | None = None,
+        layers: Sequence[str] | None = None,
     ) -> Path:
         """Write a page (.html) or figure (.png, .svg) of one item: what each query reads, layer by layer.
 
@@ -140,23 +141,38 @@ class Recording:
             context: the same for the context: tokens, or a `TextSide`, `ImageSide`, `SoundSide`, `LongSide`.
             item: which item of the batch, (z', r') where r sequences read each context.
             title: default: the model's class.
+            layers: names of those that are shown, as in `.layers`; default all, which must then read the same two sequences.
 
         Returns:
             The path.
 
         Raises:
             ValueError: nothing was recorded, no `TopK` was asked for, several calls that are not merged, labels that do not fit, an
-                item that is not there, another ending.
-            TypeError: labels that are neither a list nor a side.
+                item or a layer that is not there, layers of unlike lengths, another ending.
+            TypeError: labels that are neither a list nor a side; one name in the place of a list of them.
         """
         from crossattention.views import pages
 
-        view = page_of(pages, self.layers, self._summaries, queries, context, item, title or self._of)
+        shown = self._chosen(layers)
+        view = page_of(pages, shown, self._summaries, queries, context, item, title or self._of)
         path = Path(path)
         if path.suffix.lower() not in (".html", ".png", ".svg"):
             raise ValueError(f"view writes .html, .png or .svg, got {path.name!r}; choose one of these endings")
         (pages.write_page if path.suffix.lower() == ".html" else pages.write_figure)(view, path)
         return path
+
+    def _chosen(self, names: Sequence[str] | None) -> dict[str, Layer]:
+        """Some of the layers, by their names."""
+        found = self.layers
+        if names is None:
+            return found
+        if isinstance(names, str):
+            raise TypeError(f"layers expects a list of names, got the text {names!r}; write [{names!r}]")
+        wrong = [name for name in names if name not in found]
+        if wrong or not names:
+            what = f"{wrong[0]!r}" if wrong else "an empty list"
+            raise ValueError(f"layers expects names of layers that were recorded, {', '.join(found)}; got {what}")
+        return {name: found[name] for name in names}
 
     def __repr__(self) -> str:
         rows = [f"  {layer.name}: {layer.kind}, {layer.heads} heads, {len(layer.calls)} calls" for layer in self._layers.values()]

@@ -10,8 +10,9 @@ Legend: z batch, r repeats on one context, h heads, n queries, m context positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol, TypeVar, get_args
 
 import torch
@@ -90,11 +91,11 @@ class TopK:
     """
 
     def __init__(self, k: int, *, heads: Heads = "each") -> None:
-        if not isinstance(k, int) or isinstance(k, bool):
+        if not _is_integer(k):
             raise TypeError(f"TopK expects a number of positions, got {type(k).__name__} {k!r}; write TopK(8)")
         if k < 1:
             raise ValueError(f"TopK keeps at least 1 position, got k={k}; leave it out of the list to keep none")
-        self.k, self.heads = k, _checked(heads)
+        self.k, self.heads = int(k), _checked(heads)
         self._weights, self._positions = _ByRow(), _ByRow()
 
     def update(self, block: Block) -> None:
@@ -286,19 +287,25 @@ class Rows:
 
     Raises:
         ValueError: no queries, an unknown word for `heads`; when the map is taken, an index that it has no query for.
-        TypeError: an index that is no integer.
+        TypeError: an index that is no integer, one by itself.
 
     Cost: z h m numbers for each query.
     """
 
     def __init__(self, queries: Sequence[int] | Tensor, *, heads: Heads = "each") -> None:
-        given = queries.tolist() if isinstance(queries, Tensor) else list(queries)
+        given = queries.tolist() if isinstance(queries, Tensor) else queries
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"Rows expects a list of integers that tell which queries to keep, got {type(given).__name__} {given!r}; "
+                "write Rows([0]) for the first alone"
+            )
+        given = list(given)
         if not given:
             raise ValueError("Rows expects at least one query, got none; leave it out of the list to keep no rows")
-        wrong = next((query for query in given if not isinstance(query, int) or isinstance(query, bool)), None)
-        if wrong is not None:
-            raise TypeError(f"Rows expects integers that tell which queries to keep, got {type(wrong).__name__} {wrong!r}")
-        self.queries, self.heads = tuple(given), _checked(heads)
+        wrong = [query for query in given if not _is_integer(query)]
+        if wrong:
+            raise TypeError(f"Rows expects integers that tell which queries to keep, got {type(wrong[0]).__name__} {wrong[0]!r}")
+        self.queries, self.heads = tuple(map(int, given)), _checked(heads)
         self._rows: Tensor | None = None
 
     def update(self, block: Block) -> None:
@@ -351,6 +358,11 @@ def _checked(heads: Heads) -> Heads:
     if heads not in get_args(Heads):
         raise ValueError(f'heads must be "each" or "mean", got {heads!r}')
     return heads
+
+
+def _is_integer(number: object) -> bool:
+    """Whether it is an integer, of Python or of NumPy, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _none_of(block: Block) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ Legend: h heads, n queries (length of A), m context positions (length of B), k w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +231,7 @@ class AttentionView:
 
     Raises:
         ValueError: no layers, an empty side, a layer that does not fit the sides.
+        TypeError: what is no side.
     """
 
     title: str
@@ -242,6 +243,8 @@ class AttentionView:
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", _texts("notes", self.notes))
         object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("queries", "context"):
+            _check_side(name, getattr(self, name), Side)
         n, m = self.queries.length, self.context.length
         if not self.layers or n < 1 or m < 1:
             raise ValueError(
@@ -357,6 +360,7 @@ class FeedForwardView:
 
     Raises:
         ValueError: no tokens, no layers, a layer of another number of tokens.
+        TypeError: tokens that are no `TextSide`.
     """
 
     title: str
@@ -367,6 +371,7 @@ class FeedForwardView:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "notes", _texts("notes", self.notes))
+        _check_side("tokens", self.tokens, TextSide)
         if not self.layers or not self.tokens.length:
             raise ValueError(f"a view needs tokens and layers, got {self.tokens.length} tokens and {len(self.layers)} layers")
         for layer in self.layers:
@@ -374,10 +379,16 @@ class FeedForwardView:
                 raise ValueError(f"{layer.name!r} has {len(layer.top_keys)} tokens, but the view has {self.tokens.length}")
 
 
-def _texts(name: str, given: Sequence[str]) -> tuple[str, ...]:
+def _check_side(name: str, given: object, kinds: Any) -> None:
+    if not isinstance(given, kinds):
+        raise TypeError(f"{name} expects a side, as TextSide(tokens), got {type(given).__name__} {given!r:.60}")
+
+
+def _texts(name: str, given: Iterable[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         raise TypeError(f"{name} expects a sequence of texts, got the text {given[:40]!r}; write ({given[:40]!r},) or tuple(text)")
-    wrong = next((text for text in given if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise TypeError(f"{name} expects texts, got {type(wrong).__name__} {wrong!r}")
-    return tuple(given)
+    texts = tuple(given)
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise TypeError(f"{name} expects texts, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    return texts

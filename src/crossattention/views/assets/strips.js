@@ -118,7 +118,8 @@ class Strips {
     strip.style.maxWidth = `${width}px`; // so that the ends of the axis stay under those of the strip in print
     const [above, , below] = strip.children, per = size === 1 ? "one position a cell" : `${whole(size)} positions a cell`;
     const at = (cell) => this.side.brief(Math.min(first + cell * size, first + length - 1));
-    above.replaceChildren(make("span", { className: "what", textContent: `${per}; the tallest is ${written(most > 1e-30 ? most : 0)}` }));
+    const tallest = size === 1 && most > 1e-30 ? `, position ${this.side.numbered(first + sums.indexOf(most))},` : "";
+    above.replaceChildren(make("span", { className: "what", textContent: `${per}; the tallest${tallest} is ${written(most > 1e-30 ? most : 0)}` }));
     const middle = open >= 0 ? `▲ ${size === 1 ? at(open) : `${whole(first + open * size)} to ${whole(Math.min(first + (open + 1) * size, first + length) - 1)}`}: ${written(sums[open])}` : "";
     below.replaceChildren(make("span", { textContent: whole(first) }), make("span", { className: "what", dir: "auto", textContent: middle }), make("span", { textContent: whole(first + length - 1) }));
     const values = { "aria-label": `Positions ${first} to ${first + length - 1}, ${per}`, "aria-valuemin": 0, "aria-valuemax": sums.length - 1, "aria-valuenow": Math.max(0, open), "aria-valuetext": middle.slice(2) };
