@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from crossattention.views.pages import AttentionLayer, AttentionView, TextSide, write_page
+from crossattention.views.pages import AttentionLayer, AttentionView, LongSide, TextSide, write_page
 from view_samples import HOSTILE, hostile_view, large_view, long_view, memory_view, picture_view, sound_view, text_view
 
 pytestmark = pytest.mark.browser
@@ -141,6 +141,8 @@ def test_a_long_text_is_cut_between_characters_and_not_within_one(show):
     layer = AttentionLayer.of_weights("layer", "cross-attention", [[[0.5, 0.5]]])
     browser = show(AttentionView("a title", TextSide(("a",)), TextSide(labels), (layer,)))
     shown = browser.evaluate("[...document.querySelectorAll('.context .token .text')].map(e => [e.textContent, e.title])")
+    about = browser.evaluate("document.getElementById('about').textContent")
+    assert about == "1 query on 2 positions in 1 layer with 1 head (cross-attention)."
     lone = browser.evaluate("[...document.querySelectorAll('body *')].filter(e => !e.textContent.isWellFormed()).length")
     assert lone == 0 and len(shown) >= 2 and all(part.endswith("🎉…") for parts in shown for part in parts)
 
@@ -189,6 +191,26 @@ def test_strips_go_from_50_000_positions_down_to_one(show):
     browser.press("/", *"seven", "Enter")
     assert "position 7 “seven” receives" in browser.evaluate(READOUT)
     assert browser.evaluate("document.querySelectorAll('.strip')[2].level.first") == 0
+
+
+def test_fifty_thousand_queries_are_drawn_in_a_matrix_that_a_page_can_hold(show):
+    """Of 50,000 rows the last ones alone read the last column: they are seen, and found by the mouse."""
+    n, m = 50_000, 4
+    weights = np.zeros((1, n, m), np.float32)
+    weights[:, :, 0] = 0.25
+    weights[:, -40:] = [0, 0, 0, 1]
+    layer = AttentionLayer.of_weights("decoder", "cross-attention", weights, k=1)
+    browser = show(AttentionView("pixels read latents", LongSide(n), LongSide(m), (layer,)))
+    canvas = "crossattentionPage.panels.find((panel) => panel.cellHeight).canvas"
+    assert browser.complaints == [] and browser.evaluate(f"{canvas}.height") < 1500
+    pixels = f"(at => [...{canvas}.getContext('2d').getImageData(...at({canvas}), 1, 1).data])"
+    dark, light = (browser.evaluate(f"{pixels}(c => [c.width - 8, c.height - {up}])") for up in (3, 40))
+    assert sum(dark[:3]) < 200 < 700 < sum(light[:3])
+    assert "Each pixel is the largest of about 36 rows." in browser.evaluate("document.getElementById('panels').textContent")
+    browser.evaluate(f"{canvas}.scrollIntoView({{block: 'end'}})")
+    x, y = browser.evaluate(f"(box => [box.right - 8, box.bottom - 3])({canvas}.getBoundingClientRect())")
+    browser.move(x, y)
+    assert "query 49,9" in browser.evaluate(READOUT) and "reads position 3 with 1.00" in browser.evaluate(READOUT)
 
 
 def test_a_page_of_26_layers_opens_within_two_seconds_and_changes_head_at_once(show, browser, tmp_path):

@@ -1,5 +1,7 @@
 // Matrix: every query against every position. Cells shrink to less than a pixel; then a pixel is the largest of its cells.
 
+const HIGHEST = 1400; // pixels: a browser draws no canvas of some ten thousands, and nobody looks through one
+
 class Matrix {
   constructor(page) {
     this.page = page;
@@ -25,7 +27,7 @@ class Matrix {
     const { n, m } = this.rows, room = Math.max(220, this.element.clientWidth), context = this.canvas.getContext("2d");
     context.font = FONT(12);
     const widest = (labels, limit) => Math.min(limit, Math.ceil(Math.max(...labels.map((label) => context.measureText(label).width))) + 8);
-    this.cellHeight = n <= 60 ? Math.max(16, Math.min(28, 560 / n)) : Math.max(1, Math.min(12, 700 / n));
+    this.cellHeight = n <= 60 ? Math.max(16, Math.min(28, 560 / n)) : Math.min(12, Math.max(1, 700 / n), HIGHEST / n);
     this.rowLabels = labelsOf(this.page.queries, this.cellHeight, 13);
     this.left = widest(this.rowLabels.map(([, label]) => label), Math.min(130, room / 3));
     this.cellWidth = Math.min(44, (room - this.left - 2) / m);
@@ -46,9 +48,10 @@ class Matrix {
       this.paint(sized(this.picture, ...this.size));
       this.legend.replaceChildren(scaleBar(rows.largest, "weight"));
       this.canvas.setAttribute("aria-label", `${whole(rows.n)} queries by ${whole(rows.m)} positions, weights from 0 to ${written(rows.largest)}; the table has the numbers`);
-      const perPixel = 1 / this.cellWidth;
+      const several = [[1 / this.cellHeight, "rows"], [1 / this.cellWidth, "columns"]].filter(([count]) => count > 1.5);
+      const taken = several.map(([count, what]) => `${whole(Math.round(count))} ${what}`).join(" and ");
       const about = `A row for each of ${whole(rows.n)} queries, a column for each of ${whole(rows.m)} positions.`;
-      this.element.note.textContent = perPixel > 1.5 ? `${about} Each pixel is the largest of about ${Math.round(perPixel)} columns.` : about;
+      this.element.note.textContent = taken ? `${about} Each pixel is the largest of about ${taken}.` : about;
     }
     const context = sized(this.canvas, ...this.size);
     context.drawImage(this.picture, 0, 0, ...this.size);

@@ -200,3 +200,4 @@ function written(number) {
 }
 
 const whole = (number) => number.toLocaleString("en-US");
+const counted = (count, one, many = `${one}s`) => `${whole(count)} ${count === 1 ? one : many}`;

@@ -266,7 +266,7 @@ class Page {
   notes(notes) {
     const { layers } = this.attention, heads = layers.reduce((sum, layer) => sum + layer.heads, 0);
     const kinds = [...new Set(layers.map((layer) => layer.kind))].join(", ");
-    const counts = `${whole(this.queries.length)} queries on ${whole(this.context.length)} positions in ${whole(layers.length)} layer${layers.length > 1 ? "s" : ""} with ${whole(heads)} heads (${kinds}).`;
+    const counts = `${counted(this.queries.length, "query", "queries")} on ${counted(this.context.length, "position")} in ${counted(layers.length, "layer")} with ${counted(heads, "head")} (${kinds}).`;
     document.getElementById("about").textContent = counts;
     const always = "Positions, layers and heads are counted from 0. A weight is the share of a query's attention, from 0 to 1.";
     document.getElementById("notes").append(...[always, ...notes].map((note) => make("p", { textContent: note })));
