@@ -5,7 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from crossattention.views.pages import AttentionLayer, AttentionView, LongSide, TextSide, write_page
+from crossattention.views.pages import (
+    AttentionLayer,
+    AttentionView,
+    FeedForwardView,
+    KeyInput,
+    LongSide,
+    MemoryKey,
+    MemoryLayer,
+    TextSide,
+    write_page,
+)
 from view_samples import HOSTILE, hostile_view, large_view, long_view, memory_view, picture_view, sound_view, text_view
 
 pytestmark = pytest.mark.browser
@@ -238,6 +248,18 @@ def test_memory_shows_the_keys_of_the_chosen_token(show):
         assert [label.split("fires")[0] for label in found] == [label.split("fires")[0] for label in expected]
         browser.press("ArrowRight" if token == 0 else "L")
     assert browser.evaluate("document.querySelector('.card mark').textContent") in {"K", "AE", "T"}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_token_that_a_key_fires_on_is_seen_in_a_long_text(width, show):
+    long = MemoryKey((("S", 1.0),), (KeyInput(("misconstrued",) * 6 + ("here",), 6, 1.5, "extraterrestrial"),))
+    layer = MemoryLayer("ff", 1, [[0]], [[1.0]], [1], {0: long})
+    browser = show(FeedForwardView("long", TextSide(("S",)), (layer,)), width=width)
+    box = "document.querySelector('.card mark').getBoundingClientRect()"
+    words, card = (f"document.querySelector('.card{part}').getBoundingClientRect()" for part in (" .words", ""))
+    assert browser.evaluate(
+        f"{box}.right <= {words}.right + 1 && {words}.right <= {card}.right && {box}.bottom <= {words}.bottom + 2"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
