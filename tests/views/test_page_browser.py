@@ -133,8 +133,8 @@ def test_keys_choose_layers_heads_queries_and_search(show):
     assert "the largest weight is" in browser.evaluate(READOUT)
 
 
-@pytest.mark.parametrize("start", [{}, {"layer": 1, "head": 2}])
-@pytest.mark.parametrize(("layer", "head"), [(-1, -1), (-1, 1), (1, -1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("start", [pytest.param({}, marks=pytest.mark.slow), {"layer": 1, "head": 2}], ids=str)
+@pytest.mark.parametrize(("layer", "head"), [(-1, 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((-1, -1), (1, -1)))])
 def test_what_is_chosen_can_be_sent_by_its_address(start, layer, head, browser, tmp_path):
     """Means too, also where the page was made to start with a layer and a head."""
     path = write_page(text_view(), tmp_path / "page.html", **start)
@@ -250,7 +250,7 @@ def test_memory_shows_the_keys_of_the_chosen_token(show):
     assert browser.evaluate("document.querySelector('.card mark').textContent") in {"K", "AE", "T"}
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
 def test_the_token_that_a_key_fires_on_is_seen_in_a_long_text(width, show):
     long = MemoryKey((("S", 1.0),), (KeyInput(("misconstrued",) * 6 + ("here",), 6, 1.5, "extraterrestrial"),))
     layer = MemoryLayer("ff", 1, [[0]], [[1.0]], [1], {0: long})
