@@ -210,11 +210,13 @@ def open_checkpoint(path: str | Path, asked: type | None = None) -> Checkpoint:
         family = _recognised(config, weights.shapes, path)
         theirs = config or _config_told(family, weights, path)
         given: dict[str, Any] = {"names": weights.shapes.keys()}
-        if has_choice := hasattr(family.module, "model_class"):
-            given["model_class"] = family.module.model_class(theirs, weights.shapes.keys(), asked)
+        has_choice = hasattr(family.module, "model_class")
         try:
+            if has_choice:
+                given["model_class"] = family.module.model_class(theirs, weights.shapes.keys(), asked)
             ours = family.ask("config_to_ours", theirs, **given)
-        except (KeyError, TypeError) as error:
+        # A field of another kind than theirs ever is makes the readers of it raise any of these.
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{config_file} does not describe a model of {family.name}: {type(error).__name__}: {error}"
             ) from error
