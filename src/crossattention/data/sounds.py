@@ -129,7 +129,7 @@ def _read_wav(path: Path) -> tuple[np.ndarray | None, int]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError):
+    except (wave.Error, EOFError, RuntimeError):  # the last without a word, where a part claims to end behind the file's end
         return None, 0
     data = data[: len(data) // (channels * width) * channels * width]  # a file cut short ends in a broken sample
     if width == 1:
