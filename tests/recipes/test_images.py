@@ -159,6 +159,7 @@ def test_settings_come_back_from_json_and_wrong_ones_are_refused(task):
             ImagesConfig(**changes)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_timms_with_a_thousand_classes_is_trained_on(folder, tmp_path, capsys):
     theirs = CrossViT(
         CrossViTConfig(

@@ -129,13 +129,17 @@ class Checkpoint:
         """Compare all names and shapes with our model's, without reading a tensor or making the model.
 
         Raises:
-            ValueError: one message with every missing, unexpected and misshapen name.
+            ValueError: one message with every missing, unexpected and misshapen name; sizes that no tensor can have.
         """
         try:
             with torch.device("meta"):
                 wanted = self.model_class(self.ours).state_dict()
         except NotImplementedError:  # a model that computes numbers while it is built, as rates of its layers
             wanted = self.model_class(self.ours).state_dict()
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{self.path}: no model has the sizes that its {pretrained.CONFIG_FILE} says: {str(error).splitlines()[0]}"
+            ) from error
         return fit(self.weights, self.rules, wanted, source=self.weights.path)
 
     def build(
