@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crossattention import CrossAttention, SelfAttention
+from crossattention.attention import execute
 from crossattention.layers import RelativeLogits
 from tolerances import assert_close
 
@@ -174,3 +175,24 @@ def test_learned_scores_of_long_causal_sequences_are_those_of_one_product() -> N
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_with_two_head_widths_trains_with_written_out_scores(monkeypatch, causal):
+    def of(dtype, kernels):
+        heard = execute.attend_heads
+        monkeypatch.setattr(execute, "attend_heads", lambda *a, **k: kernels.append(k["kernel"]) or heard(*a, **k))
+        torch.manual_seed(0)
+        layer = SelfAttention(24, heads=2, head_dim=8, value_head_dim=20, bias=False, causal=causal).to(dtype)
+        x = torch.randn(2, 70, 24).to(dtype).requires_grad_()
+        layer(x, mask=torch.arange(70) < torch.tensor([[70], [66]])).double().square().sum().backward()
+        with torch.no_grad():
+            layer(x)
+        monkeypatch.setattr(execute, "attend_heads", heard)
+        return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    kernels: list[str] = []
+    found, exact = of(torch.bfloat16, kernels), of(torch.float64, [])
+    assert kernels == ["explicit", "fused"]  # without a gradient the fused kernel is the quicker one
+    for mine, wanted in zip(found, exact, strict=True):
+        assert (mine.double() - wanted).norm() <= 0.02 * wanted.norm()
