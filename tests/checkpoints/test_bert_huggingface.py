@@ -149,3 +149,31 @@ def test_what_theirs_cannot_be_is_refused() -> None:
     mixed = EncoderDecoder(transformer, BertDecoder(config))
     with pytest.raises(ValueError, match="the encoder is of the family 'transformer'"):
         family.config_to_theirs(mixed.config, model_class=EncoderDecoder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 10**30),
+        ("intermediate_size", 10**18),
+        ("architectures", 5),
+        ("hidden_act", ["gelu"]),
+        ("layer_norm_eps", "no"),
+        ("is_decoder", "yes"),
+        ("hidden_dropout_prob", None),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_is_named(tmp_path: Path, field: str, value: object) -> None:
+    their_model("BertModel", their_config(), dtype=torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load(tmp_path)
+
+
+def test_a_pair_whose_halves_are_no_configs_is_named(tmp_path: Path) -> None:
+    their_pair(dtype=torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder": "bert"}))
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load(tmp_path)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from crossattention.data.easy_vqa import read_picture
 from crossattention.data.picture_folders import load_picture_folder, part_of, read_square
 
 image_module = pytest.importorskip("PIL.Image", reason="pictures need the images extra")
@@ -97,3 +98,13 @@ def test_folders_that_are_none_of_classes_are_refused(tmp_path):
         load_picture_folder(tmp_path, 8, valid_share=0.5, test_share=0.5)
     with pytest.raises(FileNotFoundError, match="found a folder"):
         read_square(tmp_path, 8)
+
+
+@pytest.mark.parametrize("read", [lambda path: read_square(path, 4), read_picture])
+def test_sixteen_bits_of_grey_are_seen_as_eight_and_thirty_two_are_refused(tmp_path, read):
+    grey = np.array([[0, 10, 128, 255]] * 4)
+    image_module.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png"), grey[:, :, None].repeat(3, 2))
+    image_module.fromarray(grey.astype(np.float32)).save(tmp_path / "b.tiff")
+    with pytest.raises(ValueError, match=r"b\.tiff (has pixels of 32 bits|is no readable picture)"):
+        read(tmp_path / "b.tiff")

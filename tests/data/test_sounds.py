@@ -54,6 +54,21 @@ def test_files_that_are_no_sound_are_named(tmp_path, monkeypatch):
     write_wav(tmp_path / "long.wav", torch.zeros(61 * 100), 100)
     with pytest.raises(ValueError, match=r"long\.wav lasts 61 s, expected at most 60 s"):
         read_sound(tmp_path / "long.wav", 16_000)
+    content = write_wav(tmp_path / "part.wav", torch.zeros(100), 16_000).read_bytes()
+    (tmp_path / "part.wav").write_bytes(content[:12] + b"LIST" + bytes([255, 255, 0, 0]) + content[12:])
+    with pytest.raises((ValueError, ModuleNotFoundError), match=r"part\.wav is no"):
+        read_sound(tmp_path / "part.wav", 16_000)
+    content = write_wav(tmp_path / "still.wav", torch.zeros(100), 16_000).read_bytes()
+    (tmp_path / "still.wav").write_bytes(content[:24] + bytes(4) + content[28:])
+    with pytest.raises(ValueError, match=r"still\.wav says that it has 0 samples a second"):
+        read_sound(tmp_path / "still.wav", 16_000)
+
+
+def test_samples_that_are_no_numbers_are_refused(tmp_path):
+    soundfile = pytest.importorskip("soundfile", reason="needs the extra audio")
+    soundfile.write(tmp_path / "a.wav", np.array([0.0, np.nan, 0.5]), 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"a\.wav has samples that are no finite numbers"):
+        read_sound(tmp_path / "a.wav", 16_000)
 
 
 def test_floats_and_flac_are_read_by_soundfile(tmp_path):

@@ -204,7 +204,21 @@ def test_norms_are_of_the_given_kind_and_weights_of_the_given_dtype() -> None:
         ({"dropout": 1.5}, ValueError, "1.5"),
         ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
         ({"gate": True}, TypeError, "gate"),
-        ({"bias": ("q_proj",)}, TypeError, "bias must be True or False, for both sublayers, got tuple"),
+        ({"bias": ("q_proj",)}, TypeError, "bias must be True or False, got tuple"),
+        ({"gated": "no"}, TypeError, "gated must be True or False, got str 'no'"),
+        ({"context_norm": None}, TypeError, "context_norm must be True or False, got NoneType"),
+        ({"dropout": "0.1"}, TypeError, r"dropout must be a number in \[0, 1\), got str"),
+        ({"attention_dropout": None}, TypeError, r"dropout must be a number in \[0, 1\), got NoneType"),
+        ({"norm_eps": 0.0}, ValueError, "norm_eps must be above 0, got 0.0"),
+        ({"norm_layer": "rms"}, TypeError, "norm_layer must make norms"),
+        ({"scale": "2"}, TypeError, "scale must be a number, got str '2'"),
+        ({"activation": ["gelu"]}, ValueError, "activation must be one of relu, gelu, silu or a module"),
+        (
+            {"hidden_dim": 0, "activation": "relu"},
+            ValueError,
+            "activation is of the feed-forward layer, which hidden_dim=0 leaves out",
+        ),
+        ({"hidden_dim": 3.5}, TypeError, "hidden_dim must be an integer, got float 3.5"),
     ],
 )
 def test_what_is_refused(changes, kind, message) -> None:

@@ -280,6 +280,25 @@ def test_layers_of_a_resampler_share_no_part() -> None:
             r"must be \(batch, length, 9\), got shape \(2, 7, 12\)",
         ),
         (lambda: Resampler(12, heads=3, num_layers=2).attend(()), ValueError, "one prepared context a layer, 2, got 0"),
+        (
+            lambda: Resampler(12, heads=3, num_layers=2).attend(torch.randn(2, 7, 12)),
+            TypeError,
+            "one prepared context a layer, 2, got Tensor",
+        ),
+        (lambda: Resampler(12, heads=3, num_layers=2).attend([None, None]), TypeError, "a layer, 2, got NoneType among them"),
+        (
+            lambda: Resampler(12, 9, heads=3)(torch.randn(2, 7, 9).double()),
+            ValueError,
+            "context are torch.float64 but the layer's weights",
+        ),
+        (
+            lambda: Resampler(12, 9, heads=3)(torch.ones(2, 7, 9).long()),
+            ValueError,
+            "context are torch.int64 but the layer's weights",
+        ),
+        (lambda: Resampler("12", 9, heads=3), TypeError, "query_dim must be an integer, got str '12'"),
+        (lambda: Resampler(12, heads=3, reads_latents=1), TypeError, "reads_latents must be True or False, got int 1"),
+        (lambda: AttentionPool(12, heads=3, activation="relu"), ValueError, "which hidden_dim=0 leaves out, got 'relu'"),
         (lambda: attention_map(nn.Linear(2, 2), None, None), TypeError, "a part around one, got Linear"),
     ],
 )

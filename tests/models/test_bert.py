@@ -80,6 +80,20 @@ def test_config_refuses_what_cannot_be(changes: dict[str, object], message: str)
         replace(TINY, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"causal": "no"}, "causal must be True or False, got str 'no'"),
+        ({"tied": None}, "tied must be True or False, got NoneType None"),
+        ({"dropout": "0.1"}, r"dropout must be a number in \[0, 1\), got str '0.1'"),
+        ({"norm_eps": None}, "norm_eps must be a number above 0, got NoneType None"),
+    ],
+)
+def test_config_refuses_values_of_another_kind(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        replace(TINY, **changes)
+
+
 def test_a_class_refuses_the_config_of_another() -> None:
     with pytest.raises(ValueError, match="got context_dim=12"):
         BertEncoder(READER)
@@ -130,12 +144,34 @@ def test_input_that_does_not_fit_is_named() -> None:
         model(symbols(M), types=symbols(5))
     with pytest.raises(ValueError, match="length 17 is longer than the max_length=16"):
         model(symbols(17))
+    with pytest.raises(TypeError, match="ids must be a tensor, got list"):
+        model([[3, 4]])
+    with pytest.raises(TypeError, match="mask must be bool with True at real symbols, got list"):
+        model(symbols(M), [[True] * M] * Z)
+    with pytest.raises(ValueError, match="ids must be from 0 to 28, got 29 to 29"):
+        model(torch.full((1, 2), 29))
+    with pytest.raises(ValueError, match="types must be from 0 to 2, got 3 to 3"):
+        model(symbols(M), types=torch.full((Z, M), 3))
+    with pytest.raises(ValueError, match="positions must be from 0 to 15, got -1 to -1"):
+        model(symbols(M), positions=torch.full((Z, M), -1))
     with pytest.raises(ValueError, match="no pooler"):
         model.pool(torch.randn(Z, M, 12))
     with pytest.raises(ValueError, match="head=False"):
         BertDecoder(replace(READER, head=False))(symbols(N), torch.randn(Z, M, 12))
     with pytest.raises(ValueError, match=r"needs BertConfig\(causal=True\)"):
         BertDecoder(replace(READER, causal=False)).step(symbols(1), ())
+
+
+def test_decoders_name_what_is_no_tensor() -> None:
+    model = pair()
+    with pytest.raises(TypeError, match="source_ids must be a tensor with a batch, got list"):
+        model([[3, 4]], symbols(N))
+    with pytest.raises(TypeError, match="target_ids must be a tensor with a batch, got NoneType"):
+        model(symbols(M), None)
+    prepared = model.prepare(model.encode(symbols(M)))
+    for wrong, given in (([[3]], "list"), (torch.zeros(Z, 1), r"torch.float32 of shape \(3, 1\)")):
+        with pytest.raises(ValueError, match=rf"ids must be int64 or int32 of shape \(batch, .*, got {given}"):
+            model.step(wrong, prepared)
 
 
 def test_encoder_decoder_names_what_is_no_encoder_or_decoder() -> None:

@@ -438,6 +438,17 @@ def test_autocast_is_near(name: str) -> None:
             lambda m: m({**inputs_of("video"), "audio": torch.zeros(2, 23, 1).double()}),
             'inputs\\["audio"\\] must be .*24, 1',
         ),
+        (
+            "video",
+            lambda m: m({**inputs_of("video"), "label": [0.0] * 7}),
+            'inputs\\["label"\\] must be .*7.*got list',
+        ),
+        ("video", lambda m: m({**inputs_of("video"), "label": torch.zeros(1, 7).double()}), "audio 2, image 2, label 1"),
+        ("text", lambda m: m(torch.full((2, 5), 19)), "inputs must be from 0 to 18, got 19 to 19"),
+        ("text", lambda m: m.decode([0.0]), "latents must be .* got list"),
+        ("text", lambda m: m.decode(torch.randn(2, 5, 24)), "latents are torch.float32 but the model's weights are torch.float64"),
+        ("fourier", lambda m: m(torch.zeros(2, 3, 6, 4, dtype=torch.uint8)), "inputs are torch.uint8 but the model's weights"),
+        ("conv", lambda m: m(torch.randn(2, 3, 9, 4).double()), "sides of at least 5 for this stem"),
         ("video", lambda m: m(inputs_of("video"), outputs={"sound": None}), "some of audio, image, label, got \\['sound'\\]"),
     ],
 )
@@ -453,13 +464,39 @@ def test_what_does_not_fit_is_refused(name: str, call, message: str) -> None:
         ({"value_dim": 8}, "value_dim=8"),
         ({"activation": "relu"}, "activation must be one of gelu, gelu_tanh, got 'relu'"),
         ({"inputs": {"kind": "sound"}}, "inputs must have a kind of text, image, flow, video, got 'sound'"),
-        ({"inputs": TextInput(0)}, "inputs.vocab_size must be at least 1, got 0"),
+        ({"inputs": TextInput(0)}, "inputs.vocab_size must be an integer of at least 1, got 0"),
+        ({"inputs": TextInput("262")}, "inputs.vocab_size must be an integer of at least 1, got '262'"),
         ({"inputs": ImageInput(stem="patches")}, "inputs.stem must be one of pixels, conv1x1, conv, got 'patches'"),
+        ({"inputs": ImageInput(stem=None)}, "inputs.stem must be one of pixels, conv1x1, conv, got None"),
+        ({"inputs": ImageInput(size=(5.5, 6))}, "inputs.size must be .height, width., integers of at least 1"),
+        ({"inputs": VideoInput(mask_probs=("0", 0, 1))}, "inputs.mask_probs must be three probabilities"),
+        ({"inputs": {"kind": "text", "words": 3}}, "inputs has fields that TextInput does not know: words"),
+        ({"inputs": {"kind": ["text"]}}, "inputs must have a kind of text"),
+        ({"inputs": TextInput(kind="image")}, "inputs.kind must be \"text\", got 'image'"),
+        ({"outputs": FlowOutput(rescale=0)}, "outputs.rescale must be a number above 0, got 0"),
+        ({"outputs": ClassOutput(query_residual="no")}, "outputs.query_residual must be True or False, got 'no'"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TEXT, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_residual": "no"}, "query_residual must be True or False, got str 'no'"),
+        ({"attention_dropout": "0.1"}, r"attention_dropout must be a number in \[0, 1\), got str '0.1'"),
+        ({"norm_eps": None}, "norm_eps must be a number above 0, got NoneType None"),
+    ],
+)
+def test_values_of_another_kind_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        replace(TEXT, **changes)
+
+
+def test_a_size_may_be_a_list_and_becomes_a_pair() -> None:
+    assert replace(TEXT, inputs=ImageInput(size=[6, 5]), outputs=ClassOutput(3)).inputs.size == (6, 5)
 
 
 def test_an_output_needs_its_input() -> None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from crossattention.checkpoints.files import write_json
+from crossattention.checkpoints.families import families_for, written
+from crossattention.checkpoints.files import write_json, write_safetensors
 from crossattention.cli.main import main
+from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.recipes.images import ImagesConfig, ImagesTask, VisionShape, changed, config_from_json, normalised
 from crossattention.recipes.run import evaluate, load_run
 from recipes.pictures import write_pictures
@@ -155,6 +157,29 @@ def test_settings_come_back_from_json_and_wrong_ones_are_refused(task):
     ):
         with pytest.raises(ValueError, match=message):
             ImagesConfig(**changes)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_timms_with_a_thousand_classes_is_trained_on(folder, tmp_path, capsys):
+    theirs = CrossViT(
+        CrossViTConfig(
+            image_size=24, scales=(1.0, 20 / 24), patch_sizes=(6, 10), dims=(8, 12), heads=(2, 3), layers=(1, 1), encoders=1
+        )
+    )
+    [family] = families_for(theirs, "timm")
+    config, tensors = written(theirs, family)
+    (tmp_path / "theirs").mkdir()
+    write_json(tmp_path / "theirs" / "config.json", config)
+    write_safetensors(tmp_path / "theirs" / "model.safetensors", tensors)
+    flags = "--image-size 24 --scales 1.0 0.8333333333333334 --patch-sizes 6 10 --dims 8 12 --heads 2 3 --layers 1 1 --encoders 1"
+    flags += " --feed-forward-ratio 4 --steps 2 --freeze embeddings --threads 1 --device cpu"
+    command = ["train", "images", "--data", str(folder), "--init", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]
+    assert main([*command, *flags.split()]) == 0
+    assert "heads begins with random weights: classes is 1000" in capsys.readouterr().out
+    run = load_run(tmp_path / "run")
+    assert torch.equal(run.model.embeddings[0][0].weight, theirs.embeddings[0][0].weight)
+    [name_and_weights, *_] = run.classifier.heat(run._read(str(next((folder / "above").iterdir()))))
+    torch.testing.assert_close(name_and_weights[1].sum(1), torch.ones(3))
 
 
 def test_easy_vqas_pictures_are_named_by_color_and_shape(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from cli.conftest import type_in
 from crossattention.data import speech
-from crossattention.recipes.listen import ListenConfig, ListenTask, config_from_json
+from crossattention.recipes.listen import ListenConfig, ListenTask, _source_of, config_from_json
 from crossattention.recipes.pair_task import ModelShape
 from crossattention.recipes.run import evaluate, load_run
 from crossattention.training.config import TrainConfig
@@ -24,6 +24,10 @@ TINY = ModelShape(dim=32, heads=2, encoder_layers=1, decoder_layers=1, feed_forw
 def config_of(folder, **changes):
     small = {"sample_rate": RATE, "bands": 20, "reduction": 2, "tokens_per_batch": 1500, "model": TINY}
     return ListenConfig(**{"data": folder, **small, **changes})
+
+
+def run_source(run):
+    return _source_of(config_from_json(run.description["config"]))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,19 @@ def test_a_run_predicts_and_shows_a_file(run_folder, songs):
     assert columns == list("0....1....2..")
 
 
+def test_keys_that_fire_while_a_sound_is_spelled_are_shown_with_training_sounds(run_folder):
+    run = load_run(run_folder)
+    given = run.sample_input()
+    told = []
+    view = run.feed_forward_view(given, "abc", num_examples=7, on_progress=lambda *done: told.append(done))
+    assert view.title == f"{given} → abc" and told[-1] == (7, 7)
+    [layer] = view.layers
+    assert layer.size == 64 and layer.agreement is not None
+    training = dict(run_source(run).training_files(7))
+    heard = {(one.source, "".join(one.tokens)) for key in layer.keys.values() for one in key.inputs}
+    assert heard and heard <= set(training.items())
+
+
 def test_scores_are_of_the_test_part(run_folder):
     scores = evaluate(load_run(run_folder), beams=2)
     assert set(scores) == {"cer", "wer", "exact", "diagonal", "sounds"}
@@ -96,7 +113,8 @@ def test_the_verbs_know_it(run_folder, songs, tmp_path):
     assert code == 0 and stdout.splitlines()[0].split() == ["cer", "wer", "exact", "diagonal", "sounds"]
     code, stdout, stderr = type_in("predict", run_folder, path, "none.wav")
     assert code == 2 and stdout.startswith(str(path)) and "expected a sound file at none.wav, found nothing" in stderr
-    assert "does not show its feed-forward layers" in type_in("view", run_folder, path, "--feed-forward")[2]
+    code, _, _ = type_in("view", run_folder, path, "--answer", "bcd", "--feed-forward", "-o", tmp_path / "memory.html")
+    assert code == 0 and "Sounds on which a key fires most" in (tmp_path / "memory.html").read_text()
 
 
 def test_faults_are_named(songs, tmp_path):

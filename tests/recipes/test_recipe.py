@@ -102,6 +102,7 @@ def test_what_a_run_does_not_have_is_refused(seeing):
         assert (code, stdout) == (2, "") and "a run of vqa has no beam search, got beams=2; leave out --beams" in stderr
     assert "a run of vqa has no map for the terminal" in type_in("predict", "run", "a", "b", "--map")[2]
     assert "a run of vqa does not show its feed-forward layers" in type_in("view", "run", "a", "b", "--feed-forward")[2]
+    assert "a run of vqa does not show its feed-forward layers" in type_in("view", "run", "--feed-forward")[2]
     assert "a run of vqa reads 2 words, PICTURE QUESTION; got 1: a" in type_in("view", "run", "a")[2]
 
 

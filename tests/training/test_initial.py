@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.checkpoints.files import read_json, read_safetensors, sha256_of, write_json
+from crossattention.models.crossvit import CrossViT, CrossViTConfig
 from crossattention.models.transformer import Transformer, TransformerConfig
 from crossattention.training.config import TrainConfig
 from crossattention.training.events import Started
@@ -125,6 +126,28 @@ def test_a_model_of_another_class_is_refused(tmp_path: Path) -> None:
         initialise(nn.Linear(2, 2), str(tmp_path), {})
     with pytest.raises(FileNotFoundError):
         initialise(Transformer(CONFIG), str(tmp_path / "absent"), {})
+
+
+def classifier(classes: int) -> CrossViT:
+    sizes = {"image_size": 24, "scales": (1.0, 1.0), "patch_sizes": (6, 8), "dims": (4, 8), "heads": (1, 2), "encoders": 1}
+    return CrossViT(CrossViTConfig(classes=classes, layers=(1, 1), **sizes))
+
+
+def test_heads_begin_anew_for_other_classes_and_all_else_is_taken(tmp_path: Path) -> None:
+    source = classifier(5)
+    source.save_pretrained(tmp_path)
+    model = classifier(3)
+    heads = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
+    record = initialise(model, str(tmp_path), {"classes": ["a", "b", "c"]})
+    assert record["new"] == {"heads": f"classes is 5 in {tmp_path}, 3 here"}
+    assert all(torch.equal(tensor, heads[name]) for name, tensor in model.heads.state_dict().items())
+    others = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("heads.")}
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
+    assert "new" not in initialise(classifier(5), str(tmp_path), {"classes": list("abcde")})
+    write_json(tmp_path / "task.json", {"classes": list("abcdf")})
+    assert initialise(classifier(5), str(tmp_path), {"classes": list("abcde")})["new"] == {
+        "heads": f"classes are others in {tmp_path}"
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- freezing

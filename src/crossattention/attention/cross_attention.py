@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crossattention.attention import execute, short
 from crossattention.attention.by_distance import attend_by_distance, runs_by_distance
+from crossattention.attention.checks import check_probability
 from crossattention.attention.fused import to_one_width
 from crossattention.attention.masks import ScoreMask, check_attn_mask, check_context_mask, combine_masks, fold_repeats
 from crossattention.attention.parts import PositionPart, QueryKeyNorm
@@ -162,8 +163,7 @@ class CrossAttention(nn.Module):
         self.out_dim = query_dim if out_dim is None else out_dim
         for name in ("query_dim", "context_dim", "out_dim"):
             check_size(name, getattr(self, name))
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_probability("dropout", dropout)
         self.dropout = dropout
         self.scale = check_scale(scale, self.head_dim)
 
@@ -1202,6 +1202,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor of the scores, by default 1 / sqrt(head_dim); refused if it is no finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__} {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)

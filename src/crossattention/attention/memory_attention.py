@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_probability
 from crossattention.attention.cross_attention import check_size
 
 Activation = Literal["softmax"] | Callable[[Tensor], Tensor]
@@ -77,8 +78,7 @@ class MemoryAttention(nn.Module):
             )
         if isinstance(activation, str) and activation != "softmax":
             raise ValueError(f'activation must be "softmax" or an elementwise function such as torch.relu, got {activation!r}')
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_probability("dropout", dropout)
         self.query_dim, self.slots, self.out_dim, self.heads = query_dim, slots, out_dim, heads
         self.activation, self.dropout = activation, dropout
         default = (query_dim // heads) ** -0.5 if activation == "softmax" else 1.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crossattention.attention import execute
 from crossattention.attention.by_distance import attend_by_distance, causal_spans, runs_by_distance
+from crossattention.attention.checks import check_probability
 from crossattention.attention.cross_attention import (
     biased_projections,
     check_is_tensor,
@@ -223,8 +224,7 @@ class SelfAttention(nn.Module):
         self.dim, self.heads, self.is_causal = dim, heads, causal
         self.out_dim = dim if out_dim is None else out_dim
         check_size("out_dim", self.out_dim)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_probability("dropout", dropout)
         self.dropout = dropout
         self.scale = check_scale(scale, self.head_dim)
         biased, kwargs = biased_projections(bias), {"device": device, "dtype": dtype}

@@ -129,13 +129,17 @@ class Checkpoint:
         """Compare all names and shapes with our model's, without reading a tensor or making the model.
 
         Raises:
-            ValueError: one message with every missing, unexpected and misshapen name.
+            ValueError: one message with every missing, unexpected and misshapen name; sizes that no tensor can have.
         """
         try:
             with torch.device("meta"):
                 wanted = self.model_class(self.ours).state_dict()
         except NotImplementedError:  # a model that computes numbers while it is built, as rates of its layers
             wanted = self.model_class(self.ours).state_dict()
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{self.path}: no model has the sizes that its {pretrained.CONFIG_FILE} says: {str(error).splitlines()[0]}"
+            ) from error
         return fit(self.weights, self.rules, wanted, source=self.weights.path)
 
     def build(
@@ -210,11 +214,13 @@ def open_checkpoint(path: str | Path, asked: type | None = None) -> Checkpoint:
         family = _recognised(config, weights.shapes, path)
         theirs = config or _config_told(family, weights, path)
         given: dict[str, Any] = {"names": weights.shapes.keys()}
-        if has_choice := hasattr(family.module, "model_class"):
-            given["model_class"] = family.module.model_class(theirs, weights.shapes.keys(), asked)
+        has_choice = hasattr(family.module, "model_class")
         try:
+            if has_choice:
+                given["model_class"] = family.module.model_class(theirs, weights.shapes.keys(), asked)
             ours = family.ask("config_to_ours", theirs, **given)
-        except (KeyError, TypeError) as error:
+        # A field of another kind than theirs ever is makes the readers of it raise any of these.
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{config_file} does not describe a model of {family.name}: {type(error).__name__}: {error}"
             ) from error

@@ -57,6 +57,8 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     if out is not None:
         checked_path(out, (".html", *FORMATS))  # before the work, not after it
     loaded = load_and_say(given.run)
+    if given.feed_forward and not loaded.shows_feed_forward:
+        raise ValueError(f"a run of {loaded.recipe} does not show its feed-forward layers; leave out --feed-forward")
     asked = loaded.sample_input() if given.feed_forward and not given.input else _asked(loaded, given.input)
     with measuring("reading the input") as show:
         view = _view(loaded, asked, given, show)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crossattention.data.cache import user_cache
+from crossattention.data.picture_folders import in_eight_bits
 
 REQUIREMENT = "easy-vqa==1.0"
 WHEEL_NAME = "easy_vqa-1.0-py3-none-any.whl"
@@ -435,7 +436,7 @@ def read_picture(path: str | Path) -> np.ndarray:
                 )
             if picture.mode == "RGB" and "transparency" not in picture.info:
                 return np.array(picture, dtype=np.uint8)
-            layer = picture.convert("RGBA")
+            layer = in_eight_bits(picture, path).convert("RGBA")
             white = pillow.new("RGBA", layer.size, "white")
             return np.array(pillow.alpha_composite(white, layer).convert("RGB"), dtype=np.uint8)
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:

@@ -167,7 +167,7 @@ def read_square(path: str | Path, size: int) -> np.ndarray:
                 raise ValueError(
                     f"{path} has {picture.width} x {picture.height} pixels, more than {LARGEST_PIXELS:,}; make it smaller"
                 )
-            upright = operations.exif_transpose(picture)
+            upright = in_eight_bits(operations.exif_transpose(picture), path)
             if upright.mode != "RGB" or "transparency" in upright.info:
                 layer = upright.convert("RGBA")
                 upright = image_module.alpha_composite(image_module.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -177,6 +177,26 @@ def read_square(path: str | Path, size: int) -> np.ndarray:
     except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable picture ({reason}); expected a PNG or JPEG file") from None
+
+
+def in_eight_bits(picture: Any, path: Path) -> Any:
+    """A grey picture of 16 bits a pixel with 8 of them, which Pillow's own conversion would show white; others as they are.
+
+    Args:
+        picture: opened by Pillow.
+        path: its file, for the message.
+
+    Raises:
+        ValueError: pixels of 32 bits or with fractions: nothing says what is black and white.
+    """
+    is_grey = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None))
+    if is_grey:
+        image_module, _ = _import_pillow()
+        wide = np.asarray(picture).astype(np.int64).clip(0, 65_535)
+        return image_module.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{path} has pixels of 32 bits; expected 8 or 16 bits a colour")
+    return picture
 
 
 def digest_of(classes: Sequence[str], *parts: Pictures) -> str:

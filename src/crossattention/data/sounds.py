@@ -56,7 +56,7 @@ def read_sound(path: str | Path, sample_rate: int) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no sound, has no samples, or lasts longer than `LONGEST_SECONDS`.
+        ValueError: it is no sound, has no samples or some that are no numbers, or lasts longer than `LONGEST_SECONDS`.
         ModuleNotFoundError: no PCM WAV, without `pip install 'crossattention[audio]'`.
     """
     path = Path(path)
@@ -67,6 +67,10 @@ def read_sound(path: str | Path, sample_rate: int) -> Tensor:
         samples, rate = _read_by_soundfile(path)
     if not len(samples):
         raise ValueError(f"{path} has no samples; expected a sound")
+    if rate < 1:
+        raise ValueError(f"{path} says that it has {rate} samples a second; expected a sound")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path} has samples that are no finite numbers; expected them from -1 to 1")
     if len(samples) > LONGEST_SECONDS * rate:
         raise ValueError(f"{path} lasts {len(samples) / rate:.0f} s, expected at most {LONGEST_SECONDS:.0f} s; cut it into phrases")
     return resampled(torch.from_numpy(samples), rate, sample_rate)
@@ -125,7 +129,7 @@ def _read_wav(path: Path) -> tuple[np.ndarray | None, int]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError):
+    except (wave.Error, EOFError, RuntimeError):  # the last without a word, where a part claims to end behind the file's end
         return None, 0
     data = data[: len(data) // (channels * width) * channels * width]  # a file cut short ends in a broken sample
     if width == 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, PreparedContext
+from crossattention.attention.checks import check_above_zero, check_bool, check_probability
 from crossattention.attention.cross_attention import check_is_tensor, check_size
 from crossattention.layers.dropout import Dropout
 from crossattention.layers.feed_forward import FeedForward
@@ -54,7 +55,7 @@ class CrossAttentionBlock(nn.Module):
             needs none.
         query_residual: whether A is added to what it reads; Perceiver IO leaves it out of some decoders.
         gated: whether both sums have a gate that starts at zero; with norm="pre" only.
-        activation: of the feed-forward layer, as for `FeedForward`.
+        activation: of the feed-forward layer, as for `FeedForward`; default "gelu".
         bias: whether the projections of both sublayers have biases.
         dropout: probability of dropping a number of a sublayer's output while training.
         attention_dropout: probability of dropping a weight while training.
@@ -67,7 +68,7 @@ class CrossAttentionBlock(nn.Module):
     Raises:
         ValueError: a size that `CrossAttention` or `FeedForward` refuses, an unknown norm, a gate after which a norm follows or
             without a residual, an output of another width.
-        TypeError: an argument that `CrossAttention` does not know.
+        TypeError: an argument of another kind, or one that `CrossAttention` does not know.
 
     Cost: that of the attention (see `print(block.attention.plan_for(a.shape, b.shape))`) and 2 a hidden_dim multiply-adds a query.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.1 (post); the gated block: Alayrac et al. 2022, arXiv:2204.14198,
@@ -91,7 +92,7 @@ class CrossAttentionBlock(nn.Module):
         context_norm: bool = False,
         query_residual: bool = True,
         gated: bool = False,
-        activation: str | nn.Module = "gelu",
+        activation: str | nn.Module | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -102,10 +103,18 @@ class CrossAttentionBlock(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
+        check_size("query_dim", query_dim)
         if norm not in ("pre", "post"):
             raise ValueError(f'norm must be "pre" or "post", got {norm!r}')
-        if not isinstance(bias, bool):
-            raise TypeError(f"bias must be True or False, for both sublayers, got {type(bias).__name__} {bias!r}")
+        switches = {"bias": bias, "context_norm": context_norm, "query_residual": query_residual, "gated": gated}
+        for name, value in switches.items():
+            check_bool(name, value)
+        check_probability("dropout", dropout)
+        check_above_zero("norm_eps", norm_eps)
+        if not callable(norm_layer):
+            raise TypeError(
+                f"norm_layer must make norms, as torch.nn.LayerNorm does, got {type(norm_layer).__name__} {norm_layer!r}"
+            )
         if attention.get("out_dim", query_dim) != query_dim:
             raise ValueError(
                 f"out_dim must be query_dim={query_dim}, the width that is added to, got {attention['out_dim']}; leave it out"
@@ -122,9 +131,14 @@ class CrossAttentionBlock(nn.Module):
         self.attention_norm = make_norm(query_dim)
         self.context_norm = make_norm(self.attention.context_dim) if context_norm else None
         hidden_dim = 4 * query_dim if hidden_dim is None else hidden_dim
-        has_feed_forward = isinstance(hidden_dim, bool) or hidden_dim != 0
+        has_feed_forward = not (isinstance(hidden_dim, int) and not isinstance(hidden_dim, bool) and hidden_dim == 0)
         if has_feed_forward:
             check_size("hidden_dim", hidden_dim)
+        elif activation is not None:
+            raise ValueError(
+                f"activation is of the feed-forward layer, which hidden_dim=0 leaves out, got {activation!r}; leave it out"
+            )
+        activation = "gelu" if activation is None else activation
         self.feed_forward = (
             FeedForward(query_dim, hidden_dim, activation=activation, bias=bias, **kwargs) if has_feed_forward else None
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_bool, check_probability
+from crossattention.attention.cross_attention import check_size
 from crossattention.attention.products import is_plain_linear, is_traced, is_transformed, is_watched, project
 from crossattention.layers.dropout import Dropout
 
@@ -29,6 +31,7 @@ class FeedForward(nn.Module):
 
     Raises:
         ValueError: a width below 1, an unknown activation, a dropout outside [0, 1).
+        TypeError: a width, bias or dropout of another kind.
 
     Cost: hidden_dim * (dim + out_dim) multiply-adds a position.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 2 (ReLU, no dropout inside).
@@ -53,10 +56,9 @@ class FeedForward(nn.Module):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
         for name, width in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-            if width < 1:
-                raise ValueError(f"{name} must be at least 1, got {width}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+            check_size(name, width)
+        check_bool("bias", bias)
+        check_probability("dropout", dropout)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.activation = _activation(activation)
         self.dropout = Dropout(dropout)
@@ -92,6 +94,6 @@ class FeedForward(nn.Module):
 def _activation(activation: str | nn.Module) -> nn.Module:
     if isinstance(activation, nn.Module):
         return activation
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} or a module, got {activation!r}")
     return ACTIVATIONS[activation]()

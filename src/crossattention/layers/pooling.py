@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from crossattention.attention import PreparedContext
+from crossattention.attention.checks import check_bool
 from crossattention.attention.cross_attention import check_size
+from crossattention.attention.sharded import PreparedShard
 from crossattention.layers.blocks import CrossAttentionBlock, NormLayer, Reading
+
+_PREPARED = (PreparedContext, PreparedShard)
 
 
 class AttentionPool(nn.Module):
@@ -187,8 +191,10 @@ class Resampler(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_size("num_latents", num_latents)
-        check_size("num_layers", num_layers)
+        for name, size in (("query_dim", query_dim), ("num_latents", num_latents), ("num_layers", num_layers)):
+            check_size(name, size)
+        check_bool("reads_latents", reads_latents)
+        check_bool("bias", bias)
         reasons = {
             "norm": "norms stand before each sublayer",
             "context_norm": "B is normalised in every layer",
@@ -273,9 +279,11 @@ class Resampler(nn.Module):
 
     def _before(self, prepared: Sequence[PreparedContext], index: int) -> Tensor:
         """The latents as layer `index` gets them: (n, a) before the first, else (z, n, a)."""
-        if isinstance(prepared, PreparedContext) or len(prepared) != len(self.layers):
-            given = "a single one" if isinstance(prepared, PreparedContext) else str(len(prepared))
-            raise ValueError(
+        is_list = isinstance(prepared, tuple | list) and all(isinstance(one, _PREPARED) for one in prepared)
+        if not is_list or len(prepared) != len(self.layers):
+            given = "a single one" if isinstance(prepared, PreparedContext) else _described(prepared)
+            kind = ValueError if is_list or isinstance(prepared, PreparedContext) else TypeError
+            raise kind(
                 f"prepared must hold one prepared context a layer, {len(self.layers)}, got {given}; pass what this resampler's "
                 "prepare(b) returned"
             )
@@ -305,7 +313,16 @@ class Resampler(nn.Module):
                 f"context must be (batch, length, {width}), got shape {tuple(b.shape)}; project it first or build "
                 "Resampler(context_dim=...) for its width"
             )
+        self.layers[0].attention._check_tensor("context", b)
         return b
+
+
+def _described(prepared: object) -> str:
+    """What was given in the place of prepared contexts."""
+    if not isinstance(prepared, tuple | list):
+        return type(prepared).__name__
+    other = [type(one).__name__ for one in prepared if not isinstance(one, _PREPARED)]
+    return f"{other[0]} among them" if other else str(len(prepared))
 
 
 def _refuse(part: str, given: dict[str, Any], reasons: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_switches, look_up
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.prepared import PreparedContext
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
@@ -68,6 +69,7 @@ class BertConfig:
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown activation, a symbol outside the vocabulary, an end that is
             the padding.
+        TypeError: a number or a truth value of another kind.
     """
 
     vocab_size: int = 30_522
@@ -102,11 +104,7 @@ class BertConfig:
             raise ValueError(f"heads must divide dim, got heads={self.heads} for dim={self.dim}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not self.norm_eps > 0.0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        check_switches(self)
         for name in ("pad_id", "begin_id", "end_id"):
             if (getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is outside the {self.vocab_size} symbols")
@@ -160,15 +158,15 @@ class Embeddings(nn.Module):
         start: int = 0,
     ) -> Tensor:
         """Embeddings (..., n, d) of symbols (..., n), or of word embeddings (..., n, d) in their place; positions from `start`."""
-        words = self.words(ids) if embeddings is None else embeddings
+        words = look_up("ids", ids, self.words) if embeddings is None else embeddings
         end = start + words.shape[-2]
         if positions is None and end > self.positions.num_embeddings:
             raise ValueError(
                 f"a sequence of length {end} is longer than the max_length={self.positions.num_embeddings} learned positions; "
                 "shorten it, or build the model with a larger max_length"
             )
-        typed = self.types.weight[0] if types is None else self.types(types)
-        placed = self.positions.weight[start:end] if positions is None else self.positions(positions)
+        typed = self.types.weight[0] if types is None else look_up("types", types, self.types)
+        placed = self.positions.weight[start:end] if positions is None else look_up("positions", positions, self.positions)
         return self.dropout(self.norm(words + typed + placed))
 
 
@@ -653,8 +651,9 @@ class BertDecoder(Pretrained, nn.Module):
         self._check_head()
         if not self.config.causal:
             raise ValueError("step needs BertConfig(causal=True): without it earlier outputs depend on later symbols")
-        if ids.dim() != 2:
-            raise ValueError(f"ids must be (batch, targets of each source), got shape {tuple(ids.shape)}")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+            given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"ids must be int64 or int32 of shape (batch, targets of each source), got {given}")
         if caches is not None and len(caches) != len(self.layers):
             raise ValueError(f"caches must be one a layer, {len(self.layers)}, got {len(caches)}")
         x = self.embeddings(ids.unsqueeze(-1), start=caches[0].length if caches else 0)
@@ -715,6 +714,10 @@ def _check_input(
     """Refuse ids that are no integers or of a wrong number of dimensions, and types or positions that are not theirs."""
     if (ids is None) == (embeddings is None):
         raise ValueError(f"pass {name} or embeddings, got {'neither' if ids is None else 'both'}")
+    given = {name: ids, "embeddings": embeddings, **beside}
+    for what, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{what} must be a tensor, got {type(value).__name__}")
     if embeddings is not None:
         if embeddings.dim() != 3 or embeddings.shape[-1] != config.dim:
             raise ValueError(f"embeddings must be (batch, length, {config.dim}), got shape {tuple(embeddings.shape)}")
@@ -724,16 +727,17 @@ def _check_input(
             shapes = " or ".join({2: "(batch, length)", 3: "(batch, targets, length)"}[dim] for dim in dims)
             raise ValueError(f"{name} must be int64 or int32 of shape {shapes}, got {ids.dtype} of shape {tuple(ids.shape)}")
         shape = tuple(ids.shape)
-    for what, given in beside.items():
-        if given is not None and (given.shape != shape or given.dtype not in (torch.int64, torch.int32)):
-            raise ValueError(f"{what} must be int64 or int32 of shape {shape}, got {given.dtype} of shape {tuple(given.shape)}")
+    for what, value in beside.items():
+        if value is not None and (value.shape != shape or value.dtype not in (torch.int64, torch.int32)):
+            raise ValueError(f"{what} must be int64 or int32 of shape {shape}, got {value.dtype} of shape {tuple(value.shape)}")
 
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool with True at real symbols, got {mask.dtype}; pass {name}.bool()")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given, remedy = (f"{mask.dtype}", f"; pass {name}.bool()") if isinstance(mask, Tensor) else (type(mask).__name__, "")
+        raise TypeError(f"{name} must be bool with True at real symbols, got {given}{remedy}")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}")
 
@@ -889,6 +893,9 @@ class EncoderDecoder(Pretrained, nn.Module):
             ValueError: what the two models refuse; batches that differ.
             TypeError: a mask that is not bool.
         """
+        for name, ids in (("source_ids", source_ids), ("target_ids", target_ids)):
+            if not isinstance(ids, Tensor) or not ids.dim():
+                raise TypeError(f"{name} must be a tensor with a batch, got {type(ids).__name__}")
         if target_ids.shape[0] != source_ids.shape[0]:
             raise ValueError(
                 f"source_ids and target_ids must have one batch size, got {tuple(source_ids.shape)} and {tuple(target_ids.shape)}; "

@@ -21,8 +21,9 @@ and l the large-patch branch; pairs are in this order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -394,6 +395,7 @@ class CrossViT(Pretrained, nn.Module):
 
     family: ClassVar[str] = "crossvit"
     config_class: ClassVar[type] = CrossViTConfig
+    made_for_data: ClassVar[Mapping[str, str]] = MappingProxyType({"classes": "heads"})
 
     def __init__(self, config: CrossViTConfig) -> None:
         super().__init__()

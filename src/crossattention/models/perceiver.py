@@ -46,6 +46,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_switches
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.once import Once
 from crossattention.attention.prepared import PreparedContext, PreparedQueries
@@ -110,6 +111,7 @@ class PerceiverIOConfig:
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an unknown choice, an output that the input has nothing for.
+        TypeError: a number or a truth value of another kind.
     """
 
     inputs: InputConfig = field(default_factory=TextInput)
@@ -142,10 +144,7 @@ class PerceiverIOConfig:
         for name, choices in (("cross_width", ("kv", "q")), ("activation", ("gelu", "gelu_tanh"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0.0 <= self.attention_dropout < 1.0:
-            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
-        if not self.norm_eps > 0.0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        check_switches(self)
         if (self.value_dim or self.qk_dim or self.latent_dim) != self.latent_dim:
             raise ValueError(
                 f"values of the self-attention must be as wide as a latent, got value_dim={self.value_dim} and "
@@ -496,12 +495,12 @@ class PerceiverIO(Pretrained, nn.Module):
         Cost: m reads of n latents, blocks x layers_per_block layers of n latents, k reads of n latents. Without gradients the
             decoder holds `BLOCK_QUERIES` queries at a time; with them its memory grows with k, so train on a subset.
         """
-        rows = self.inputs(inputs)
+        rows = self._rows_of(inputs)
         return self._decode(self._encode(rows, mask), outputs, rows)
 
     def encode(self, inputs: Tensor | Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
         """The latents (z, n, d) after the last layer; Args and Raises as in `forward`."""
-        return self._encode(self.inputs(inputs), mask)
+        return self._encode(self._rows_of(inputs), mask)
 
     def decode(
         self,
@@ -530,9 +529,28 @@ class PerceiverIO(Pretrained, nn.Module):
                 if needs
                 else "output queries of this model are not made of its inputs, which would be ignored; call decode(latents)"
             )
-        if latents.dim() != 3 or latents.shape[-1] != self.config.latent_dim:
-            raise ValueError(f"latents must be (batch, latents, {self.config.latent_dim}), got {tuple(latents.shape)}")
-        return self._decode(latents, outputs, None if inputs is None else self.inputs(inputs))
+        if not isinstance(latents, Tensor) or latents.dim() != 3 or latents.shape[-1] != self.config.latent_dim:
+            given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be (batch, latents, {self.config.latent_dim}), got {given}")
+        self._check_dtype("latents", latents)
+        return self._decode(latents, outputs, None if inputs is None else self._rows_of(inputs))
+
+    def _rows_of(self, inputs: Any) -> Rows:
+        """The rows of an input; one of numbers is refused in another dtype than the weights'."""
+        if isinstance(inputs, Tensor) and not isinstance(self.config.inputs, TextInput):
+            self._check_dtype("inputs", inputs)
+        made: Rows = self.inputs(inputs)  # here what has the wrong shape, or is no tensor, is refused
+        if isinstance(inputs, Mapping):
+            for kind, given in inputs.items():
+                self._check_dtype(f'inputs["{kind}"]', given)
+        return made
+
+    def _check_dtype(self, name: str, given: Tensor) -> None:
+        wanted = self.latents.dtype
+        if given.dtype != wanted and not (given.is_floating_point() and torch.is_autocast_enabled(given.device.type)):
+            raise ValueError(
+                f"{name} are {given.dtype} but the model's weights are {wanted}; convert one, or run under torch.autocast"
+            )
 
     def _encode(self, rows: Rows, mask: Tensor | None) -> Tensor:
         prepared = self.encoder.read(rows, mask, self.config.num_latents)

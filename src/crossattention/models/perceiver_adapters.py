@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.checks import is_number, look_up
 from crossattention.attention.once import Once
 from crossattention.attention.products import linear, project
 
@@ -198,30 +199,50 @@ def config_of(name: str, given: Any, kinds: Mapping[str, type]) -> Any:
     """An adapter's configuration, checked; made of its fields where they were read from a file.
 
     Raises:
-        ValueError: another kind, an unknown field, a number out of range.
+        ValueError: another kind, an unknown field, a value of another kind or out of range.
     """
     if isinstance(given, Mapping):
-        if given.get("kind") not in kinds:
-            raise ValueError(f"{name} must have a kind of {', '.join(kinds)}, got {given.get('kind')!r}")
-        given = kinds[given["kind"]](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        kind = given.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ValueError(f"{name} must have a kind of {', '.join(kinds)}, got {kind!r}")
+        if unknown := sorted(map(str, set(given) - {known.name for known in fields(kinds[kind])})):
+            raise ValueError(f"{name} has fields that {kinds[kind].__name__} does not know: {', '.join(unknown)}")
+        given = kinds[kind](**given)
     if type(given) not in kinds.values():
         wanted = ", ".join(kind.__name__ for kind in kinds.values())
         raise ValueError(f"{name} must be one of {wanted}, got {given!r}")
-    for key, value in vars(given).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if key == "mask_probs":
-            if len(numbers) != 3 or not all(0.0 <= p <= 1.0 for p in numbers):
-                raise ValueError(f"{name}.mask_probs must be three probabilities (audio, image, label), got {value!r}")
-        elif key == "size" and len(numbers) != 2:
-            raise ValueError(f"{name}.size must be (height, width), got {value!r}")
-        elif isinstance(numbers[0], int) and not isinstance(value, bool):
-            lowest = 0 if key == "padding" else 1
-            if not all(isinstance(n, int) and n >= lowest for n in numbers):
-                raise ValueError(f"{name}.{key} must be at least {lowest}, got {value!r}")
-    for key, choices in _CHOICES.items():
-        if isinstance(getattr(given, key, None), str) and getattr(given, key) not in choices:
-            raise ValueError(f"{name}.{key} must be one of {', '.join(choices)}, got {getattr(given, key)!r}")
+    given = replace(given, **{key: tuple(value) for key, value in vars(given).items() if isinstance(value, list)})
+    for known in fields(given):
+        fault = _fault_of(known.name, str(known.type), getattr(given, known.name), kinds, type(given))
+        if fault is not None:
+            raise ValueError(f"{name}.{known.name} must be {fault}, got {getattr(given, known.name)!r}")
     return given
+
+
+def _fault_of(key: str, written: str, value: Any, kinds: Mapping[str, type], given: type) -> str | None:
+    """What a field must be, where its value is not; `written` is its annotation."""
+    if key == "kind":
+        wanted = next(name for name, kind in kinds.items() if kind is given)
+        return None if value == wanted else f'"{wanted}"'
+    if key == "mask_probs":
+        is_good = isinstance(value, tuple) and len(value) == 3 and all(is_number(p) and 0.0 <= p <= 1.0 for p in value)
+        return None if is_good else "three probabilities (audio, image, label)"
+    if key == "size":
+        is_good = isinstance(value, tuple) and len(value) == 2 and all(_is_whole(side, 1) for side in value)
+        return None if is_good else "(height, width), integers of at least 1"
+    if written == "int":
+        lowest = 0 if key == "padding" else 1
+        return None if _is_whole(value, lowest) else f"an integer of at least {lowest}"
+    if written == "bool":
+        return None if isinstance(value, bool) else "True or False"
+    if written == "float":
+        return None if is_number(value) and value > 0.0 else "a number above 0"
+    choices = _CHOICES[key]
+    return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
+
+
+def _is_whole(value: object, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 _CHOICES = {"stem": ("pixels", "conv1x1", "conv"), "positions": ("fourier", "learned"), "padding": ("transformers", "same")}
@@ -349,7 +370,7 @@ class Tokens:
 
     def joined(self) -> Tensor:
         """The rows themselves (z, m, c)."""
-        return F.embedding(self.ids, self.table) + self.positions[: self.length]
+        return look_up("inputs", self.ids, self.table) + self.positions[: self.length]
 
     def made_of(self) -> tuple[Tensor, ...]:
         """The weights that `parts` depends on."""
@@ -361,7 +382,7 @@ class Tokens:
 
     def project(self, parts: Parts) -> Tensor:
         """The projected rows (z, m, w): a symbol's part plus a position's, no product."""
-        return F.embedding(self.ids, parts[0]) + parts[1][: self.length]
+        return look_up("inputs", self.ids, parts[0]) + parts[1][: self.length]
 
     def deviation(self, eps: float, parts: Parts) -> Tensor:
         """Standard deviation of each row, (z, m, 1)."""
@@ -516,6 +537,11 @@ class ImageAdapter(nn.Module):
             )
         if config.stem == "conv":
             assert self.stem is not None
+            least = 1 if config.padding == "same" else 5
+            if min(images.shape[2:]) < least:
+                raise ValueError(
+                    f"images must have sides of at least {least} for this stem to leave a row, got {tuple(images.shape)}"
+                )
             images = self.stem(images)
         features = images.flatten(2).transpose(1, 2)
         if config.stem == "conv1x1":
@@ -680,9 +706,12 @@ class VideoAdapter(nn.Module):
             got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
             raise ValueError(f"inputs must be a dictionary of audio, image and label, got {got}")
         for kind, shape in wanted.items():
-            if tuple(inputs[kind].shape[1:]) != shape or inputs[kind].shape[0] != inputs["image"].shape[0]:
-                sizes = ", ".join(map(str, shape))
-                raise ValueError(f'inputs["{kind}"] must be (batch, {sizes}), got {tuple(inputs[kind].shape)}')
+            given, sizes = inputs[kind], ", ".join(map(str, shape))
+            if not isinstance(given, Tensor) or tuple(given.shape[1:]) != shape:
+                raise ValueError(f'inputs["{kind}"] must be (batch, {sizes}), got {_described(given)}')
+        if len({inputs[kind].shape[0] for kind in wanted}) != 1:
+            batches = ", ".join(f"{kind} {inputs[kind].shape[0]}" for kind in wanted)
+            raise ValueError(f"inputs must have one batch size, got {batches}")
 
 
 def _described(value: object) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -57,6 +59,9 @@ class Pretrained:
     family: ClassVar[str]
     config_class: ClassVar[type]
     config: Any
+    made_for_data: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Settings that follow from the data that is learnt, and the part of the model that is made for it: what is trained on other
+    data begins with a new one (`training.initial`)."""
 
     def graphs(self: Any) -> dict[str, Graph]:
         """What of the model stands alone as a graph of plain tensors, for an exporter: name -> module, examples, names of axes.

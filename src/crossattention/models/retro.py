@@ -49,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_switches
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.prepared import PreparedContext
 from crossattention.attention.products import is_plain_linear
@@ -133,10 +134,7 @@ class RetroConfig:
             object.__setattr__(self, name, _checked_layers(name, getattr(self, name), count))
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.norm_eps > 0.0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        check_switches(self)
         if self.shared_embedding and self.encoder_dim != self.dim:
             raise ValueError(
                 f"shared_embedding needs one width, got dim={self.dim} and encoder_dim={self.encoder_dim}; make them equal or "

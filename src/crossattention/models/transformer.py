@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossattention.attention.checks import check_switches
 from crossattention.attention.cross_attention import CrossAttention
 from crossattention.attention.prepared import PreparedContext
 from crossattention.attention.self_attention import KeyValueCache, SelfAttention
@@ -103,11 +104,7 @@ class TransformerConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not self.norm_eps > 0.0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        check_switches(self)
         if self.tied == "all" and self.source_vocab_size != self.target_vocab_size:
             raise ValueError(
                 f'tied="all" needs one vocabulary, got source_vocab_size={self.source_vocab_size} and '
@@ -510,14 +507,17 @@ class Transformer(Pretrained, nn.Module):
 
 def _check_ids(name: str, ids: Tensor, dims: tuple[int, ...], mask: Tensor | None) -> None:
     """Refuse ids that are no integers or of a wrong number of dimensions, and a mask that is not theirs."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
     if ids.dim() not in dims or ids.dtype not in (torch.int64, torch.int32):
         shapes = " or ".join({2: "(batch, length)", 3: "(batch, targets, length)"}[dim] for dim in dims)
         raise ValueError(f"{name} must be int64 or int32 of shape {shapes}, got {ids.dtype} of shape {tuple(ids.shape)}")
     if mask is None:
         return
     mask_name = name.replace("_ids", "_mask")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{mask_name} must be bool with True at real symbols, got {mask.dtype}; pass mask.bool()")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given, remedy = (f"{mask.dtype}", "; pass mask.bool()") if isinstance(mask, Tensor) else (type(mask).__name__, "")
+        raise TypeError(f"{mask_name} must be bool with True at real symbols, got {given}{remedy}")
     if mask.shape != ids.shape:
         raise ValueError(f"{mask_name} must have the shape of {name}, {tuple(ids.shape)}, got {tuple(mask.shape)}")
 

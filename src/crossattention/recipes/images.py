@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class VisionShape:
         encoders: encoders, each with a fusion both ways at its end.
         feed_forward_ratio: width inside the feed-forward layers over that of the branch.
         stochastic_depth: probability of leaving out the last layer's sublayers in training; rises linearly from zero.
+        scales: factor from the picture's size to what each branch sees; published models have 1 and 224/240.
+        stem: "linear", or "convolutions" as the published models with a dagger have.
     """
 
     patch_sizes: tuple[int, int] = (8, 16)
@@ -62,6 +64,8 @@ class VisionShape:
     encoders: int = 2
     feed_forward_ratio: float = 3.0
     stochastic_depth: float = 0.0
+    scales: tuple[float, float] = (1.0, 1.0)
+    stem: Literal["linear", "convolutions"] = "linear"
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,7 @@ class ImagesTask:
     def build_model(self) -> CrossViT:
         """A new model with random weights."""
         shape = asdict(self.config.model)
-        return CrossViT(
-            CrossViTConfig(classes=len(self.data.classes), image_size=self.config.image_size, scales=(1.0, 1.0), **shape)
-        )
+        return CrossViT(CrossViTConfig(classes=len(self.data.classes), image_size=self.config.image_size, **shape))
 
     def batch_at(self, step: int) -> ImageBatch:
         """The batch of a step, a pure function of (seed, step)."""
@@ -390,17 +392,18 @@ class Classifier:
         grid = next(grid for grid in config.grids if weights.shape[1] == 1 + grid[0] * grid[1])
         if grid == self.grid:
             return weights
-        down, across = (_overlaps(fine, coarse, *config.patch_sizes) for fine, coarse in zip(self.grid, grid, strict=True))
+        sides = [patch / scale for patch, scale in zip(config.patch_sizes, config.scales, strict=True)]  # in the picture's pixels
+        down, across = (_overlaps(fine, coarse, *sides) for fine, coarse in zip(self.grid, grid, strict=True))
         patches = down @ weights[:, 1:].unflatten(1, grid) @ across.T
         return torch.cat((weights[:, :1], patches.flatten(1)), 1)
 
 
-def _overlaps(fine: int, coarse: int, fine_patch: int, coarse_patch: int) -> Tensor:
+def _overlaps(fine: int, coarse: int, fine_patch: float, coarse_patch: float) -> Tensor:
     """Which share of each large patch lies on each small one along a side, (fine, coarse)."""
     begin, start = torch.arange(fine)[:, None] * fine_patch, torch.arange(coarse)[None] * coarse_patch
     covered = torch.minimum(begin + fine_patch, start + coarse_patch) - torch.maximum(begin, start)
     covered = covered.clamp(min=0).float()
-    return covered / covered.sum(0).clamp(min=1)
+    return covered / covered.sum(0).clamp(min=torch.finfo(covered.dtype).tiny)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from crossattention.data.vocabulary import BEGIN, END, PAD, UnknownSymbol, build
 from crossattention.models.listener import Listener, ListenerConfig
 from crossattention.models.transformer import label_smoothed_cross_entropy
 from crossattention.recipes.cmudict import Part, part_of, read_dictionary
+from crossattention.recipes.feed_forward_view import feed_forward_view
 from crossattention.recipes.pair_task import ModelShape
 from crossattention.recipes.recipe import Examples, OnProgress, Run
 from crossattention.recipes.scores import edit_distance
@@ -36,7 +37,7 @@ from crossattention.recipes.translator import Alignment, Prediction
 from crossattention.training.config import TrainConfig
 from crossattention.training.tasks import Evaluation
 from crossattention.training.together import ALONE, Together
-from crossattention.views.content import AttentionView
+from crossattention.views.content import AttentionView, FeedForwardView
 
 RECIPE = "listen"
 
@@ -256,6 +257,7 @@ class ListenRun(Run):
 
     input_names: ClassVar[tuple[str, ...]] = ("SOUND",)
     has_beams: ClassVar[bool] = True
+    shows_feed_forward: ClassVar[bool] = True
     subsets: ClassVar[Mapping[str, str]] = SUBSETS
 
     @property
@@ -319,6 +321,38 @@ class ListenRun(Run):
             [predictions] = self.predict([given])
             answer = predictions[0].text
         return self.translator.view(given, answer)
+
+    def sample_input(self) -> str:
+        """A validation sound.
+
+        Raises:
+            FileNotFoundError, ValueError, ModuleNotFoundError: the data cannot be had.
+        """
+        return str(_source_of(config_from_json(self.description["config"])).sample_file(0))
+
+    def feed_forward_view(
+        self, given: Any, answer: str | None = None, *, num_examples: int = 300, on_progress: OnProgress | None = None
+    ) -> FeedForwardView:
+        """Which keys of the decoder's feed-forward layers fire while a sound is spelled; Raises as in `view`.
+
+        Args:
+            given: the file.
+            answer: what is said in it; without it, the run's own best prediction.
+            num_examples: training sounds among which those are looked for on which a key fires most.
+            on_progress: called with the number of these that were heard, and that of all.
+        """
+        if answer is None:
+            [predictions] = self.predict([given])
+            answer = predictions[0].text
+        try:
+            source = _source_of(config_from_json(self.description["config"]))
+            source.check(self.description["data"])
+            examples = source.training_files(num_examples)
+            note = f"Sounds on which a key fires most are looked for among {len(examples)} training sounds with the data's texts."
+        except (FileNotFoundError, ModuleNotFoundError, ValueError):
+            examples = []
+            note = "The run's data is not where it was, or has changed, so no sounds are shown on which a key fires."
+        return feed_forward_view(self.translator, str(given), answer, examples, note=note, on_progress=on_progress)
 
 
 def score_sounds(
@@ -398,12 +432,21 @@ class _SpokenWords:
 
     def sample_file(self, at: int) -> Path:
         """A file of a validation word, spoken anew where it is not there."""
-        voice, word = self._spoken("valid")[at]
-        path = cache_folder() / f"{re.sub('[^a-z]', '-', word)}-{voice}-{self.config.sample_rate}.wav"
-        if not path.is_file():
-            [samples] = speak([(voice, word)], sample_rate=self.config.sample_rate)
-            write_wav(path, samples, self.config.sample_rate)
-        return path
+        return self._files_of([self._spoken("valid")[at]])[0]
+
+    def training_files(self, count: int) -> list[tuple[str, str]]:
+        """Files of some training words with what is said in them, spoken anew where they are not there."""
+        spoken = self._spoken("train")[:count]
+        return [(str(path), word) for path, (_, word) in zip(self._files_of(spoken), spoken, strict=True)]
+
+    def _files_of(self, spoken: Sequence[Spoken]) -> list[Path]:
+        rate = self.config.sample_rate
+        paths = [cache_folder() / f"{re.sub('[^a-z]', '-', word)}-{voice}-{rate}.wav" for voice, word in spoken]
+        missing = {path: one for path, one in zip(paths, spoken, strict=True) if not path.is_file()}
+        if missing:
+            for path, samples in zip(missing, speak(list(missing.values()), sample_rate=rate), strict=True):
+                write_wav(path, samples, rate)
+        return paths
 
     def _spoken(self, part: Part) -> list[Spoken]:
         counts = {"train": self.config.words, "valid": self.config.evaluation_sounds, "test": self.config.test_words}
@@ -494,6 +537,10 @@ class _SoundFolder:
     def sample_file(self, at: int) -> Path:
         """The file of a validation sound."""
         return sorted(self.pairs["valid"], key=lambda pair: _digest(pair[1]))[at][0]
+
+    def training_files(self, count: int) -> list[tuple[str, str]]:
+        """Some training sounds with what is said in them."""
+        return [(str(file), text) for file, text in self.pairs["train"][:count]]
 
 
 def _source_of(config: ListenConfig) -> _SpokenWords | _SoundFolder:

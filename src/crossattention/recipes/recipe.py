@@ -141,6 +141,9 @@ class Run(ABC):
     input_names: ClassVar[tuple[str, ...]] = ("TEXT",)
     """What one question is made of. With one name an `Input` is a text, with several a tuple of them."""
 
+    shows_feed_forward: ClassVar[bool] = False
+    """Whether `feed_forward_view` shows anything."""
+
     has_beams: ClassVar[bool] = False
     """Whether `predict` and `evaluate` take `beams`, the width of a beam search; 1 is greedy."""
 

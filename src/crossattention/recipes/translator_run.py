@@ -34,6 +34,7 @@ class TranslatorRun(Run):
     translator: Translator
 
     has_beams: ClassVar[bool] = True
+    shows_feed_forward: ClassVar[bool] = True
 
     @property
     def model(self) -> Any:

@@ -30,8 +30,12 @@ def initialise(model: nn.Module, source: str, description: Mapping[str, Any]) ->
         source: whatever `load` takes: a run, a model folder, a folder or file of another library, a hub id.
         description: the task's. Where the source has a task.json, as the runs of this project, their tokenizers must be equal.
 
+    What a model names as made for its data (`made_for_data`, as the heads of an image classifier for its classes) keeps its random
+    weights where the source was made for other data.
+
     Returns:
-        What to keep of it, fit for JSON: source, path, model, sha256 of each file of weights.
+        What to keep of it, fit for JSON: source, path, model, sha256 of each file of weights; and `new`, where some of the model
+        begins anew: part -> why.
 
     Raises:
         FileNotFoundError: nothing of that name.
@@ -43,11 +47,15 @@ def initialise(model: nn.Module, source: str, description: Mapping[str, Any]) ->
         raise ValueError(
             f"{source} holds a {type(loaded).__name__}, but a {type(model).__name__} is to be trained; name one of those"
         )
+    new = _made_for_other_data(model, loaded, place, description, source)
     differences = _settings_that_differ(model, loaded, source) + _vocabularies_that_differ(place, description, source)
     if differences:
         raise ValueError(f"the weights of {source} do not fit the model that is to be trained:\n  " + "\n  ".join(differences))
     with torch.no_grad():
-        ours, theirs = model.state_dict(keep_vars=True), loaded.state_dict()
+        ours, theirs = (
+            {name: tensor for name, tensor in one.state_dict(keep_vars=True).items() if name.split(".")[0] not in new}
+            for one in (model, loaded)
+        )
         faults = [f"missing: {name}" for name in ours if name not in theirs]
         faults += [f"unexpected: {name}" for name in theirs if name not in ours]
         faults += [
@@ -59,7 +67,8 @@ def initialise(model: nn.Module, source: str, description: Mapping[str, Any]) ->
             raise ValueError(f"the weights of {source} do not fit the model that is to be trained:\n  " + "\n  ".join(faults))
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])
-    return {"source": source, "path": str(place.resolve()), "model": type(model).__name__, "sha256": digests(place)}
+    found = {"source": source, "path": str(place.resolve()), "model": type(model).__name__, "sha256": digests(place)}
+    return {**found, "new": new} if new else found
 
 
 def digests(place: Path) -> dict[str, str]:
@@ -107,6 +116,22 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return list(frozen)
 
 
+def _made_for_other_data(
+    model: nn.Module, loaded: nn.Module, place: Path, description: Mapping[str, Any], source: str
+) -> dict[str, str]:
+    """Parts of the model that its source was not made for -> why."""
+    told = (place if place.is_dir() else place.parent) / "task.json"
+    before = read_json(told) if told.is_file() else {}
+    new = {}
+    for setting, part in getattr(model, "made_for_data", {}).items():
+        here, there = getattr(model.config, setting), getattr(loaded.config, setting)
+        if here != there:
+            new[part] = f"{setting} is {there!r} in {source}, {here!r} here"
+        elif setting in before and setting in description and before[setting] != description[setting]:
+            new[part] = f"{setting} are others in {source}"
+    return new
+
+
 def _settings_that_differ(model: nn.Module, loaded: nn.Module, source: str) -> list[str]:
     ours, theirs = getattr(model, "config", None), getattr(loaded, "config", None)
     if not (dataclasses.is_dataclass(ours) and dataclasses.is_dataclass(theirs)):
@@ -114,7 +139,7 @@ def _settings_that_differ(model: nn.Module, loaded: nn.Module, source: str) -> l
     found = []
     for field in dataclasses.fields(ours):
         here, there = getattr(ours, field.name), getattr(theirs, field.name)
-        if here == there or "drop" in field.name or field.name in _FREE_SETTINGS:
+        if here == there or "drop" in field.name or field.name in (*_FREE_SETTINGS, *getattr(model, "made_for_data", ())):
             continue
         if "vocab_size" in field.name:
             found.append(

@@ -248,6 +248,7 @@ class _Run:
         if self.init is not None:
             digests = ", ".join(f"{name} {digest[:12]}" for name, digest in self.init["sha256"].items())
             self.notes.append(f"begun with the weights of {self.init['source']} (sha256 of {digests})")
+            self.notes += [f"{part} begins with random weights: {why}" for part, why in self.init.get("new", {}).items()]
         if self.frozen:
             named = dict(self.model.named_parameters(remove_duplicate=False))
             numbers = sum(p.numel() for p in {named[name] for name in self.frozen})
