@@ -709,7 +709,7 @@ class VideoAdapter(nn.Module):
             given, sizes = inputs[kind], ", ".join(map(str, shape))
             if not isinstance(given, Tensor) or tuple(given.shape[1:]) != shape:
                 raise ValueError(f'inputs["{kind}"] must be (batch, {sizes}), got {_described(given)}')
-        if len({inputs[kind].shape[0] for kind in wanted}) != 1:
+        if any(inputs[kind].shape[0] != inputs["image"].shape[0] for kind in wanted):
             batches = ", ".join(f"{kind} {inputs[kind].shape[0]}" for kind in wanted)
             raise ValueError(f"inputs must have one batch size, got {batches}")
 
