@@ -15,6 +15,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_above_zero(value: Any) -> bool:
+    """Whether a value is a finite number above 0, and no truth value."""
+    return is_number(value) and value > 0.0
+
+
 def check_probability(name: str, value: Any) -> None:
     """Refuse what is no probability of dropping something: it must be below 1, or nothing would be left.
 

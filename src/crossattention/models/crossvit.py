@@ -20,7 +20,6 @@ and l the large-patch branch; pairs are in this order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossattention.attention import CrossAttention, Plan, SelfAttention
+from crossattention.attention.checks import is_above_zero
 from crossattention.layers.feed_forward import FeedForward
 from crossattention.layers.resizing import resize_bicubic
 from crossattention.models.pretrained import Pretrained
@@ -99,7 +99,7 @@ class CrossViTConfig:
             if (
                 not isinstance(value, tuple | list)
                 or len(value) != 2
-                or not all(map(_is_number if name == "scales" else _is_size, value))
+                or not all(map(is_above_zero if name == "scales" else _is_size, value))
             ):
                 raise ValueError(f"{name} must be a pair of {kind}, got {value!r}")
             object.__setattr__(self, name, tuple(value))
@@ -110,7 +110,7 @@ class CrossViTConfig:
             if dim % heads:
                 raise ValueError(f"heads must divide dims, got heads={self.heads} for dims={self.dims}")
         for name in ("feed_forward_ratio", "norm_eps"):
-            if not _is_number(getattr(self, name)):
+            if not is_above_zero(getattr(self, name)):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         if min(self.feed_forward_dims) < 1:
             raise ValueError(f"feed_forward_ratio={self.feed_forward_ratio} leaves no width for dims={self.dims}")
@@ -165,10 +165,6 @@ def _is_integer(value: object) -> bool:
 
 def _is_size(value: Any) -> bool:
     return _is_integer(value) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < math.inf
 
 
 def crossvit_tiny_240(**changes: Any) -> CrossViTConfig:

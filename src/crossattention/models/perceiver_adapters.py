@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossattention.attention.checks import is_number, look_up
+from crossattention.attention.checks import is_above_zero, is_number, look_up
 from crossattention.attention.once import Once
 from crossattention.attention.products import linear, project
 
@@ -236,7 +236,7 @@ def _fault_of(key: str, written: str, value: Any, kinds: Mapping[str, type], giv
     if written == "bool":
         return None if isinstance(value, bool) else "True or False"
     if written == "float":
-        return None if is_number(value) and value > 0.0 else "a number above 0"
+        return None if is_above_zero(value) else "a number above 0"
     choices = _CHOICES[key]
     return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
 
